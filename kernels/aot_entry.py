@@ -1,0 +1,44 @@
+"""What a kernel module tells `kernels.aot` about one kernel in one shape class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AotEntry:
+    """One kernel to compile ahead of time, with the bytes and launches that it claims.
+
+    Every kernel module exports `aot_entries() -> list[AotEntry]`.
+
+    Attributes:
+        name: Operation and shape class, unique over all modules, for example "fusion_loss/forward/fp32".
+        kernel: The `@triton.jit` function.
+        signature: Type of each argument that is no constexpr, in Triton's words: {"F_ptr": "*fp32", "H": "i32"}.
+        constexprs: Value of each constexpr argument.
+        num_warps: Warps of a program.
+        divisible_by_16: Names of the arguments that the launch guarantees to be multiples of 16 (pointers: aligned).
+        bytes_algorithm: Bytes a pixel that any implementation of the operation must move: each input read once, each
+            output written once.
+        bytes_kernel: Bytes a pixel that this launch moves between DRAM and the chip, halos and scratch included.
+        eager_launches: Launches of plain PyTorch for the same operation.
+        launches: Launches of ours for the operation.
+        min_occupancy: Share of an SM's warps that must fit, 0 to 1.
+        max_registers: Ceiling of the registers a thread.
+        num_stages: Software pipelining stages.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    divisible_by_16: tuple[str, ...]
+    bytes_algorithm: float
+    bytes_kernel: float
+    eager_launches: int
+    launches: int
+    min_occupancy: float
+    max_registers: int
+    num_stages: int = 1

@@ -1,0 +1,56 @@
+"""Fusion loss, and the outer losses that the loss-proposal network learns from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from refusion.model import ReconstructionNet
+
+
+def fusion_loss(fused: Tensor, a: Tensor, b: Tensor, w: Tensor, v: Tensor, gradient_weight: float) -> Tensor:
+    """L_f = intensity term + gradient_weight * gradient term, a scalar (equations of the learnable fusion loss).
+
+    fused, a, b: (N, 1, H, W) in [0, 1]; w, v: (N, 2, H, W) from the loss-proposal network.
+    """
+    intensity, grad = kernels.fusion_loss(fused.float() if fused.dtype in _NARROW else fused, a, b, w, v)
+    return intensity + gradient_weight * grad
+
+
+_NARROW = (torch.float16, torch.bfloat16)  # what autocast returns; losses are summed in float32
+
+
+def gradient_weight(epoch: int, epochs: int) -> float:
+    """Weight of the gradient term in epoch 0 .. epochs - 1: grows linearly from 1 / epochs to 1."""
+    return (epoch + 1) / epochs
+
+
+class OuterLoss(nn.Module):
+    """What the fused image is good for: the loss whose meta-gradient trains the loss-proposal network.
+
+    A subclass is a callable (fused, a, b, target) -> scalar, differentiable in fused. fused, a, b: (N, 1, H, W) in
+    [0, 1]; a and b are always in their own order, even where fused came from the exchanged pair (b, a); target is what
+    the data set gives beside the pair, (N, ...), or None. Its parameters, if any, learn beside the fusion network.
+    """
+
+    def forward(self, fused: Tensor, a: Tensor, b: Tensor, target: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class ReconstructionLoss(OuterLoss):
+    """L_r: how well a network rebuilds both sources from the fused image. The paper's outer loss, and the default.
+
+    noise: standard deviation of Gaussian noise added to fused before it is rebuilt, so that contrast counts (ours).
+    """
+
+    def __init__(self, channels: int = 16, noise: float = 0.0):
+        super().__init__()
+        self.network = ReconstructionNet(channels)
+        self.noise = noise
+
+    def forward(self, fused: Tensor, a: Tensor, b: Tensor, target: Tensor | None = None) -> Tensor:
+        if self.noise:
+            fused = fused + self.noise * torch.randn_like(fused)
+        a_hat, b_hat = self.network(fused)
+        return kernels.reconstruction_loss(a, b, a_hat.to(a.dtype), b_hat.to(b.dtype))
