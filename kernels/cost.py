@@ -76,9 +76,9 @@ class _CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "aten" and not func.is_view and func not in _NO_LAUNCH:
+        written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if written and func.namespace == "aten" and not func.is_view and func not in _NO_LAUNCH:
             read = [] if func in _NO_READ else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             if func is aten.copy_.default:
                 read = read[1:]
             moved = tensor_bytes(read) + tensor_bytes(written)

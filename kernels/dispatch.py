@@ -70,8 +70,7 @@ def chosen() -> dict[str, str]:
 def choose(operation: str, tensor: Tensor) -> str:
     """`backend_for`, noted for `chosen()`."""
     backend = backend_for(tensor)
-    if not torch.compiler.is_compiling():
-        _chosen[operation] = backend
+    _chosen[operation] = backend
     return backend
 
 

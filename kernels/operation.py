@@ -88,27 +88,34 @@ class _Forward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.operation, ctx.option, _, *tensors = inputs
         kept = output[ctx.operation.outputs :]
+        ctx.set_materialize_grads(False)  # no image of zeros for what was kept
+        ctx.shapes = [(x.shape, x.dtype) for x in output[: ctx.operation.outputs]]
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(*tensors, *kept)
         ctx.save_for_forward(*tensors)
+        ctx.kept = len(kept)
         ctx.used_up = False
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[3:]
         inputs, kept = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
         if ctx.used_up:  # a second backward through the same graph: the first one's result belongs to its caller
             kept = ()
         ctx.used_up = True
-        outputs = ctx.operation.outputs
-        gradients = iter(_Backward.apply(ctx.operation, ctx.option, needs, *cotangents[:outputs], *inputs, *kept))
+        filled = (
+            inputs[0].new_zeros(shape, dtype=dtype) if cotangent is None else cotangent
+            for cotangent, (shape, dtype) in zip(cotangents, ctx.shapes, strict=False)
+        )
+        gradients = iter(_Backward.apply(ctx.operation, ctx.option, needs, *filled, *inputs, *kept))
         return (None, None, None, *(next(gradients) if needed else None for needed in needs))
 
     @staticmethod
     def jvp(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
         operation, option = ctx.operation, ctx.option
         inputs = ctx.saved_tensors[: len(directions) - 3]
-        return tangent(lambda *x: operation.reference(*x, option), inputs, directions[3:])
+        tangents = tangent(lambda *x: operation.reference(*x, option), inputs, directions[3:])
+        return (*tangents, *[None] * ctx.kept)
 
 
 class _Backward(torch.autograd.Function):

@@ -14,11 +14,14 @@ def fusion_loss(fused: Tensor, a: Tensor, b: Tensor, w: Tensor, v: Tensor, gradi
 
     fused, a, b: (N, 1, H, W) in [0, 1]; w, v: (N, 2, H, W) from the loss-proposal network.
     """
-    intensity, grad = kernels.fusion_loss(fused.float() if fused.dtype in _NARROW else fused, a, b, w, v)
+    fused, w, v = _wide(fused), _wide(w), _wide(v)
+    intensity, grad = kernels.fusion_loss(fused, a, b, w, v, gradient_weight)
     return intensity + gradient_weight * grad
 
 
-_NARROW = (torch.float16, torch.bfloat16)  # what autocast returns; losses are summed in float32
+def _wide(x: Tensor) -> Tensor:
+    """float32 for what autocast returns: losses are summed in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def gradient_weight(epoch: int, epochs: int) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from kernels import gradient
@@ -155,10 +156,12 @@ class _Network(nn.Module):
         # Layer norms and 1x1 convolutions want the channels of a pixel side by side. An exported graph has one layout.
         return x if torch.compiler.is_exporting() else x.contiguous(memory_format=torch.channels_last)
 
-    def _run(self, block: Callable[..., Tensor], *x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *x, use_reentrant=False)
-        return block(*x)
+    def _run(self, block: nn.Module, *x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(*x)
+        # With the parameters of now: under functional_call the module has its own back by the time of the backward.
+        parameters = dict(block.named_parameters())
+        return checkpoint(lambda p, *x: functional_call(block, p, x), parameters, *x, use_reentrant=False)
 
 
 def _encoder(channels: int) -> nn.Sequential:

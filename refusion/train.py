@@ -167,8 +167,8 @@ class Trainer:
         with self._autocast(self.config.amp != "none"):
             with torch.no_grad():
                 w, v = self.proposal(batch.a, batch.b)
-            fused = self.fusion(batch.a, batch.b).float()
-            loss = fusion_loss(fused, batch.a, batch.b, w.float(), v.float(), self.gradient_weight)
+            fused = self.fusion(batch.a, batch.b)
+            loss = fusion_loss(fused, batch.a, batch.b, w, v, self.gradient_weight)
             self._descend("fusion", loss)
             scalars: dict[str, float | Tensor] = {"fusion_loss": loss.detach()}
             outer = self.outer(fused.detach(), batch.target_a, batch.target_b, batch.target)

@@ -228,18 +228,18 @@ def apply_tone(image: np.ndarray, tone: Tone = "full") -> FloatImage:
     return tone_map(counts, float(low), max(float(high), float(low) + 1))
 
 
-def parse_tone(text: str) -> Tone:
-    """Read "full", "percentile" or "LOW:HIGH" (counts of a 16-bit image).
+def parse_tone(tone: Tone) -> Tone:
+    """Read "full", "percentile" or "LOW:HIGH" (counts of a 16-bit image), or check (low, high).
 
     Raises:
         InputError: anything else.
     """
-    if text in ("full", "percentile"):
-        return text
+    if tone in ("full", "percentile"):
+        return tone
     try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise InputError(f"tone '{text}' is not understood; give full, percentile or LOW:HIGH, as in 0:16383") from None
+        low, high = (float(part) for part in (tone.split(":") if isinstance(tone, str) else tone))
+    except (TypeError, ValueError):
+        raise InputError(f"tone '{tone}' is not understood; give full, percentile or LOW:HIGH, as in 0:16383") from None
     if not 0 <= low < high <= 65535:
-        raise InputError(f"tone range {text} must rise within 0:65535")
+        raise InputError(f"tone range {low:g}:{high:g} must rise within 0:65535")
     return low, high

@@ -21,8 +21,8 @@ from runtime.color import (
     stretch,
 )
 from runtime.errors import InputError
+from runtime.tasks import TASKS
 
-TASKS = ("ivif", "mif", "mfif", "meif")
 # Name of a backend -> the device it computes on.
 BACKENDS = {"auto": "cpu", "onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 MODELS = Path(__file__).parent / "models"
@@ -70,6 +70,7 @@ class Fuser:
         task: the task that the model was trained for, as its metadata say, or None.
         metadata: the model file's metadata.
         threads: threads that compute one frame.
+        tone: the tone rule, parsed.
 
     Raises:
         InputError: a model, policy or number that is not understood or not there.
@@ -92,7 +93,7 @@ class Fuser:
             raise InputError(f"unknown range policy '{range}'; choose from {', '.join(RANGE_POLICIES)}")
         check_chroma_policy(chroma)
         self._range, self._chroma = range, chroma
-        self._tone = parse_tone(tone) if isinstance(tone, str) else tone
+        self.tone = parse_tone(tone)
         self._smooth_range = SmoothRange()
         path = model_path(model)
         self._backend = OnnxRuntimeBackend.load(path, threads, BACKENDS[backend])
@@ -115,11 +116,15 @@ class Fuser:
         Raises:
             InputError: other types or shapes, sources of different size, or a size that the model isn't built for.
         """
+        self.check(a, b)
+        luma = self._run(apply_tone(a, self.tone), apply_tone(b, self.tone))
+        return compose(self._to_range(luma), fused_chroma(a, b, self._chroma))
+
+    def check(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Raise the InputError that fusing these two images would raise; computes nothing."""
         check_image(a, "a")
         check_image(b, "b")
         self._check_sizes(a, b)
-        luma = self._run(apply_tone(a, self._tone), apply_tone(b, self._tone))
-        return compose(self._to_range(luma), fused_chroma(a, b, self._chroma))
 
     def fuse_luma(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """The network alone: two HxW float arrays in [0, 1] -> HxW float32 in [0, 1], not stretched.
@@ -164,5 +169,7 @@ class Fuser:
 
     def _warm_up(self, size: tuple[int, int] | None) -> None:
         height, width = size or WARM_SIZE
+        if height < 1 or width < 1:
+            raise InputError(f"the warm-up size {width}x{height} is empty; give (H, W) of the frames to come")
         blank = np.zeros((self._backend.size[0] or height, self._backend.size[1] or width), np.float32)
         self._run(blank, blank)

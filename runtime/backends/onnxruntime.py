@@ -95,8 +95,6 @@ def _image_size(session: ort.InferenceSession, path: Path) -> tuple[int | None, 
         )
     for node in inputs.values():
         if node.type != "tensor(float)" or len(node.shape) != 4:
-            raise InputError(
-                f"model {path} takes {node.name} as {node.type} {node.shape}; float (1, 1, H, W) is needed"
-            )
+            raise InputError(f"model {path} has input {node.name} {node.type} {node.shape}, not float (1, 1, H, W)")
     height, width = inputs["a"].shape[2:]
     return (height if isinstance(height, int) else None, width if isinstance(width, int) else None)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton
 import triton.language as tl
 
-from kernels import aot, bench
+from kernels import aot, bench, reference
 from kernels.cost import measure, tensor_bytes
 
 ROOT = Path(bench.__file__).resolve().parents[1]
@@ -82,6 +83,12 @@ def test_counts_kernels_and_operations_together_and_stops_counting() -> None:
 # --- the model ---
 
 
+def test_eager_opponent_computes_what_the_reference_does() -> None:
+    for name, make_case in bench.OPERATIONS.items():
+        run = make_case(2, 9, 11, "cpu").run
+        torch.testing.assert_close(run(bench.EAGER), run(reference), msg=name)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bench.ModelRow]]:
     """Output and rows of the command as a user runs it."""
@@ -124,7 +131,7 @@ def test_kernels_claim_the_launches_and_bytes_that_are_counted(
     entries = [entry for entry in aot.entries() if entry.name.partition("/")[0] == operation]
     assert entries
     assert {entry.launches for entry in entries} == {row.launches}
-    assert {entry.eager_launches for entry in entries} == {row.eager_launches}
+    assert all(entry.eager_launches <= row.eager_launches for entry in entries)
 
 
 def test_docs_hold_the_table_that_the_command_gives_now(model: tuple[str, dict[str, bench.ModelRow]]) -> None:

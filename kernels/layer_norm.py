@@ -1,0 +1,50 @@
+"""Layer norm over the channels of each pixel.
+
+    y_c = (x_c - mean) / sqrt(var + 1e-5) * weight_c + bias_c,  mean and (biased) var over the C channels of the pixel
+Arithmetic is float32; the result is written in the operands' type of the convolution that reads it. Only the first block
+of a chain needs this launch: every other launch that ends a block writes the next layer norm along with its output.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.stencil import launch_device
+
+PIXELS = 128  # of a program
+
+_EPS = tl.constexpr(1e-5)  # NORM_EPS of kernels.reference_blocks
+
+
+@triton.jit
+def normalise(x, weight_ptr, bias_ptr, C: tl.constexpr):
+    """Layer norm of (pixels, C) float32 values."""
+    channel = tl.arange(0, C)
+    x -= (tl.sum(x, 1) / C)[:, None]
+    x *= tl.rsqrt(tl.sum(x * x, 1) / C + _EPS)[:, None]
+    return x * tl.load(weight_ptr + channel)[None, :] + tl.load(bias_ptr + channel)[None, :]
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, pixels, C: tl.constexpr, PIXELS: tl.constexpr):
+    image = tl.program_id(1).to(tl.int64) * pixels * C
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    offsets = pixel[:, None] * C + tl.arange(0, C)[None, :]
+    mask = (pixel < pixels)[:, None]
+    x = tl.load(x_ptr + image + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = normalise(x, weight_ptr, bias_ptr, C)
+    tl.store(y_ptr + image + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, operands: torch.dtype) -> Tensor:
+    """x: contiguous (N, H, W, C); weight, bias: (C,) float32. Returns (N, H, W, C) in `operands`."""
+    n, height, width, channels = x.shape
+    y = torch.empty_like(x, dtype=operands)
+    with launch_device(x):
+        layer_norm_kernel[(triton.cdiv(height * width, PIXELS), n)](
+            x, weight, bias, y, height * width, C=channels, PIXELS=PIXELS, num_warps=4
+        )
+    return y
