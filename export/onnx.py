@@ -1,19 +1,25 @@
-"""FusionNet as an ONNX model: inputs a, b (N, 1, H, W) float32 in [0, 1], output fused, H and W free."""
+"""FusionNet as an ONNX model: inputs a, b (N, 1, H, W) float32 in [0, 1], output fused, H and W free.
+
+python -m export.onnx ivif -o runtime/models/ivif.onnx     # makes an embedded model from shipped weights
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import torch
 
 from refusion.model import FusionNet
+from refusion.weights import load_fusion_net
+from runtime.errors import exit_code
 
 OPSET = 18  # ONNX Runtime 1.23 (Python 3.10, JetPack 6) and TensorRT 10.3 read it
 IR_VERSION = 10
@@ -33,7 +39,8 @@ def export_onnx(net: FusionNet, path: Path, metadata: Mapping[str, str]) -> Path
     model.ir_version = IR_VERSION
     _drop_traces(model)
     onnx.helper.set_model_props(
-        model, {"format_version": FORMAT_VERSION, "opset": str(OPSET), "precision": "fp32", "size": "dynamic", **metadata}
+        model,
+        {"format_version": FORMAT_VERSION, "opset": str(OPSET), "precision": "fp32", "size": "dynamic", **metadata},
     )
     onnx.checker.check_model(model, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +53,15 @@ def export_onnx(net: FusionNet, path: Path, metadata: Mapping[str, str]) -> Path
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def export_weights(weights: str | Path, path: Path) -> Path:
+    """Weights by task name or path (.safetensors, the authors' .pth) -> ONNX model, with the weights' metadata.
+
+    Raises InputError where there are no such weights.
+    """
+    net, metadata = load_fusion_net(weights)
+    return export_onnx(net, path, metadata)
 
 
 def _trace(net: FusionNet) -> onnx.ModelProto:
@@ -79,3 +95,15 @@ def _drop_traces(model: onnx.ModelProto) -> None:
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
     model.graph.doc_string = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="export.onnx", description="Write weights as an ONNX model.")
+    parser.add_argument("weights", help="task name or file (.safetensors, the authors' .pth)")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the .onnx file")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: print(export_weights(args.weights, args.out)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from kernels.aot_entry import AotEntry
 from kernels.channel_attention import (
-    ATTENTION_PROGRAMS,
-    GRAM_PROGRAMS,
+    ATTENTION_WARPS,
+    GRAM_WARPS,
     attend,
     attention_matrix,
     partial_length,
@@ -38,7 +38,7 @@ from kernels.channel_attention import (
 from kernels.gated_feed_forward import FeedForward, fold_feed_forward, gated_feed_forward
 from kernels.reference_blocks import AttentionFusionWeights
 from kernels.stencil import launch_device
-from kernels.tiles import TILES, Tile, features, fold, programs_per_image, tile_for, tile_pixels
+from kernels.tiles import Tile, compiled_tile, features, fold, programs_per_image, tile_for, tile_pixels
 from kernels.transformer_block import (
     ENTRY_TYPES,
     HEADS,
@@ -160,9 +160,14 @@ def fold_attention_fusion(
     values = torch.cat((torch.cat((value1, value1 * 0), 1), torch.cat((value2 * 0, value2), 1)), 2)
     output = torch.cat((w.output1, w.output2), 1)
     return FoldedAttentionFusion(
-        *(x.to(operands).contiguous() for x in (qk1, qk2, v1, v2)),
-        *(float32(x.flatten()) for x in (w.temperature1, w.temperature2)),
-        *(float32(x.flatten(1).T) for x in (w.projection1, w.projection2)),
+        query_key1=qk1.to(operands).contiguous(),
+        query_key2=qk2.to(operands).contiguous(),
+        value1=v1.to(operands).contiguous(),
+        value2=v2.to(operands).contiguous(),
+        temperature1=float32(w.temperature1.flatten()),
+        temperature2=float32(w.temperature2.flatten()),
+        projection1=float32(w.projection1.flatten(1).T),
+        projection2=float32(w.projection2.flatten(1).T),
         feed_forward=fold_feed_forward(fold(w.gate, w.gate_depthwise), values, output, operands),
     )
 
@@ -175,7 +180,7 @@ def attention_fusion(x1: Tensor, x2: Tensor, weights: FoldedAttentionFusion) -> 
 
     Raises:
         ValueError, TypeError: x1 or x2 does not fit, with what was got and what was expected.
-        RuntimeError: an input requires a gradient and gradients are recorded; or it is neither on a GPU nor interpreted.
+        RuntimeError: x1 or x2 requires a gradient and gradients are recorded; or is neither on a GPU nor interpreted.
     """
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         got = f"x1 {tuple(x1.shape)} {x1.dtype} and x2 {tuple(x2.shape)} {x2.dtype}"
@@ -191,15 +196,14 @@ def attention_fusion(x1: Tensor, x2: Tensor, weights: FoldedAttentionFusion) -> 
 
 
 def fusion_gram(x1: Tensor, x2: Tensor, weights: FoldedAttentionFusion, tile: Tile | None = None) -> Tensor:
-    """Partial sums for both attentions, (N, 2, programs, C (C / heads + 2)) float32. x1, x2: contiguous (N, H, W, C)."""
+    """Partial sums of both attentions, (N, 2, programs, C (C / heads + 2)) float32. x1, x2: contiguous (N, H, W, C)."""
     n, height, width, channels = x1.shape
-    tile = tile or tile_for("fusion_gram", channels, weights.operands, height * width)
-    tiles = tile.count(height, width)
-    programs = programs_per_image(x1, tiles, GRAM_PROGRAMS)
+    tile = tile or tile_for("fusion_gram", x1, weights.operands)
+    programs = programs_per_image(x1, tile, GRAM_WARPS)
     partials = x1.new_empty((n, 2, programs, partial_length(channels, HEADS)), dtype=torch.float32)
     with launch_device(x1):
         fusion_gram_kernel[(programs, n)](
-            x1, x2, weights.query_key1, weights.query_key2, partials, height, width, tiles,
+            x1, x2, weights.query_key1, weights.query_key2, partials, height, width, tile.count(height, width),
             C=channels, HEADS=HEADS, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
         )  # fmt: skip
     return partials
@@ -210,15 +214,14 @@ def fusion_attention(
 ) -> Tensor:
     """[x1 | x2] after both attentions, contiguous (N, H, W, 2C)."""
     n, height, width, channels = x1.shape
-    tile = tile or tile_for("fusion_attention", channels, weights.operands, height * width)
-    tiles = tile.count(height, width)
-    programs = programs_per_image(x1, tiles, ATTENTION_PROGRAMS)
+    tile = tile or tile_for("fusion_attention", x1, weights.operands)
+    programs = programs_per_image(x1, tile, ATTENTION_WARPS)
     y = x1.new_empty((n, height, width, 2 * channels))
     w = weights
     with launch_device(x1):
         fusion_attention_kernel[(programs, n)](
             x1, x2, w.value1, w.value2, partials, w.temperature1, w.temperature2, w.projection1, w.projection2,
-            y, height, width, tiles, partials.shape[2],
+            y, height, width, tile.count(height, width), partials.shape[2],
             C=channels, HEADS=HEADS, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
         )  # fmt: skip
     return y
@@ -253,7 +256,7 @@ def _gram_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> AotEntr
         pointers,
         ("H", "W", "tiles"),
         {"C": channels, "HEADS": HEADS},
-        TILES["fusion_gram", channels, operands],
+        compiled_tile("fusion_gram", channels, x, operands),
         entry_bytes(channels, x, operands, 2, 0),
         (eager_launches(x), LAUNCHES),
     )
@@ -269,7 +272,7 @@ def _attention_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> Ao
         pointers,
         ("H", "W", "tiles", "partials"),
         {"C": channels, "HEADS": HEADS},
-        TILES["fusion_attention", channels, operands],
+        compiled_tile("fusion_attention", channels, x, operands),
         entry_bytes(channels, x, operands, 4, 0),
         (eager_launches(x), LAUNCHES),
     )

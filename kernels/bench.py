@@ -35,7 +35,8 @@ from kernels.aot import format_table, write_json
 from kernels.cost import measure, tensor_bytes
 
 SIZES = ((4, 128, 128), (1, 480, 640), (1, 1080, 1920), (8, 256, 256))  # batch, height, width
-MODEL_SIZE = SIZES[0]  # one meta step of training: a batch of 2, doubled by the exchange of the sources
+STEP_SIZE = SIZES[0]  # one step of training: a batch of 2, doubled by the exchange of the sources
+MODEL_SIZE = {"transformer_block": (1, 64, 64), "attention_fusion": (1, 64, 64)}  # others are counted at STEP_SIZE
 GRADIENT_WEIGHT = 0.5  # of the gradient term in the loss
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 DOCS_BEGIN, DOCS_END = "<!-- begin: python -m kernels.bench --model --write-docs -->", "<!-- end -->"
@@ -68,21 +69,32 @@ EAGER = _eager()
 
 @dataclass(frozen=True)
 class Case:
-    """One operation with its inputs.
+    """One operation on its inputs; each implementation returns all results, derivatives included.
 
     Attributes:
-        run: Takes `kernels`, `kernels.reference` or `EAGER`, returns all results, derivatives included.
+        ours: The kernels.
+        eager: Plain PyTorch as it runs best without a compiler.
+        plain: Plain PyTorch as torch.compile gets it.
         inputs: The tensors that any implementation has to read.
         updated: The inputs that are changed in place, if any: they are the results then.
     """
 
-    run: Callable[[Any], Sequence[Tensor]]
+    ours: Callable[[], Sequence[Tensor]]
+    eager: Callable[[], Sequence[Tensor]]
+    plain: Callable[[], Sequence[Tensor]]
     inputs: Sequence[Tensor]
     updated: Sequence[Tensor] = ()
 
-    def least_bytes(self) -> int:
+    @classmethod
+    def of(
+        cls, run: Callable[[Any], Sequence[Tensor]], inputs: Sequence[Tensor], updated: Sequence[Tensor] = ()
+    ) -> Case:
+        """From a function of the library: `kernels`, `EAGER` or `kernels.reference`."""
+        return cls(lambda: run(kernels), lambda: run(EAGER), lambda: run(reference), inputs, updated)
+
+    def least_bytes(self, results: Sequence[Tensor]) -> int:
         """Bytes that no implementation can do without: each input read once, each result written once."""
-        return tensor_bytes(self.inputs) + tensor_bytes(self.updated or self.run(reference))
+        return tensor_bytes(self.inputs) + tensor_bytes(self.updated or results)
 
 
 def _random(count: int, shape: tuple[int, ...], device: str) -> list[Tensor]:
@@ -101,7 +113,7 @@ def fusion_loss_case(n: int, h: int, w: int, device: str) -> Case:
         terms = library.fusion_loss(fused, a, b, *weights, GRADIENT_WEIGHT)
         return *terms, *torch.autograd.grad(terms, fused, cotangents)
 
-    return Case(run, (fused, a, b, *weights))
+    return Case.of(run, (fused, a, b, *weights))
 
 
 def fusion_meta_grad_case(n: int, h: int, w: int, device: str) -> Case:
@@ -109,7 +121,7 @@ def fusion_meta_grad_case(n: int, h: int, w: int, device: str) -> Case:
     fused, a, b, tangent = _random(4, (n, 1, h, w), device)
     weights = _random(2, (n, 2, h, w), device)
     inputs = (fused, a, b, *weights, tangent)
-    return Case(lambda library: library.fusion_meta_grad(*inputs, GRADIENT_WEIGHT), inputs)
+    return Case.of(lambda library: library.fusion_meta_grad(*inputs, GRADIENT_WEIGHT), inputs)
 
 
 def reconstruction_loss_case(n: int, h: int, w: int, device: str) -> Case:
@@ -122,7 +134,7 @@ def reconstruction_loss_case(n: int, h: int, w: int, device: str) -> Case:
         loss = library.reconstruction_loss(a, b, *reconstructed)
         return loss, *torch.autograd.grad(loss, reconstructed, cotangent)
 
-    return Case(run, (a, b, *reconstructed))
+    return Case.of(run, (a, b, *reconstructed))
 
 
 def max_normalized_update_case(n: int, h: int, w: int, device: str) -> Case:
@@ -135,13 +147,61 @@ def max_normalized_update_case(n: int, h: int, w: int, device: str) -> Case:
     def run(library: Any) -> Sequence[Tensor]:
         return (library.max_normalized_update(parameters, gradients, 1e-4),)
 
-    return Case(run, (*parameters, *gradients), updated=parameters)
+    return Case.of(run, (*parameters, *gradients), updated=parameters)
+
+
+def transformer_block_case(n: int, h: int, w: int, device: str) -> Case:
+    """A transformer block of 16 channels in inference, float16; its weights are folded beforehand."""
+    from kernels.reference_blocks import TransformerBlockWeights
+    from kernels.reference_blocks import transformer_block as plain
+    from kernels.transformer_block import fold_transformer_block, transformer_block
+
+    x, weights = _features(n, h, w, device), TransformerBlockWeights(*_weights(_block_shapes(16), device))
+    folded = fold_transformer_block(weights)
+
+    def eager() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return (plain(x, weights),)
+
+    return Case(lambda: (transformer_block(x, folded),), eager, eager, (x, *weights))
+
+
+def attention_fusion_case(n: int, h: int, w: int, device: str) -> Case:
+    """The attention fusion module of two sources of 16 channels in inference, float16; weights folded beforehand."""
+    from kernels.attention_fusion import attention_fusion, fold_attention_fusion
+    from kernels.reference_blocks import AttentionFusionWeights
+    from kernels.reference_blocks import attention_fusion as plain
+
+    c = 16
+    expand = [(4 * c, c, 1, 1), (4 * c, 1, 3, 3)]
+    attention = [*[(8, 1, 1)] * 2, *[(3 * c, c, 1, 1)] * 2, *[(3 * c, 1, 3, 3)] * 2, *[(c, c, 1, 1)] * 2]
+    gates = [(8 * c, 2 * c, 1, 1), (8 * c, 1, 3, 3), *expand, *expand, *[(2 * c, 4 * c, 1, 1)] * 2]
+    weights = AttentionFusionWeights(*_weights([*attention, *gates], device))
+    x1, x2 = _features(n, h, w, device), _features(n, h, w, device) - 0.1
+    folded = fold_attention_fusion(weights)
+
+    def eager() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return (plain(x1, x2, weights),)
+
+    return Case(lambda: (attention_fusion(x1, x2, folded),), eager, eager, (x1, x2, *weights))
+
+
+def _features(n: int, h: int, w: int, device: str) -> Tensor:
+    """Half-precision features of 16 channels in channels_last."""
+    x = torch.randn(n, 16, h, w, generator=torch.Generator().manual_seed(0)).half()
+    return x.to(device, memory_format=torch.channels_last)
+
+
+def _weights(shapes: Sequence[tuple[int, ...]], device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [(0.2 * torch.randn(shape, generator=generator)).half().to(device) for shape in shapes]
 
 
 def _block_shapes(c: int) -> list[tuple[int, ...]]:
     """Parameters of a transformer block of c channels."""
     norm: list[tuple[int, ...]] = [(c,), (c,)]
-    attention = [(8, 1, 1), (3 * c, c, 1, 1), (3 * c, 1, 3, 3), (c, c, 1, 1)]
+    attention: list[tuple[int, ...]] = [(8, 1, 1), (3 * c, c, 1, 1), (3 * c, 1, 3, 3), (c, c, 1, 1)]
     feed_forward = [(4 * c, c, 1, 1), (4 * c, 1, 3, 3), (c, 2 * c, 1, 1)]
     return norm + attention + norm + feed_forward
 
@@ -151,6 +211,8 @@ OPERATIONS: dict[str, Callable[[int, int, int, str], Case]] = {
     "fusion_meta_grad": fusion_meta_grad_case,
     "reconstruction_loss": reconstruction_loss_case,
     "max_normalized_update": max_normalized_update_case,
+    "transformer_block": transformer_block_case,
+    "attention_fusion": attention_fusion_case,
 }
 # How often one meta step (an inner and an outer update) runs each loss.
 META_STEP = {"fusion_loss": 1, "reconstruction_loss": 2, "fusion_meta_grad": 1}
@@ -164,6 +226,7 @@ class ModelRow:
     """Launches and bytes of one operation, or of several together."""
 
     operation: str
+    size: str
     eager_launches: int
     launches: int
     eager_bytes: int
@@ -178,20 +241,25 @@ class ModelRow:
             return sum(getattr(row, field) * count for row, count in zip(rows, counts, strict=True))
 
         fields = ("eager_launches", "launches", "eager_bytes", "bytes", "least_bytes")
-        return cls(operation, *(of(field) for field in fields))
+        return cls(operation, rows[0].size, *(of(field) for field in fields))
 
 
-def model_row(name: str, n: int, h: int, w: int) -> ModelRow:
+def model_row(name: str) -> ModelRow:
     """Counts one operation. Meaningful only where the kernels are interpreted (TRITON_INTERPRET=1)."""
-    case = OPERATIONS[name](n, h, w, "cpu")
-    case.run(EAGER)  # constants are made in the first call, as on a GPU in a training run
-    eager, ours = measure(lambda: case.run(EAGER)), measure(lambda: case.run(kernels))
-    return ModelRow(name, eager.launches, ours.launches, eager.bytes, ours.bytes, case.least_bytes())
+    size = MODEL_SIZE.get(name, STEP_SIZE)
+    case = OPERATIONS[name](*size, "cpu")
+    least = case.least_bytes(case.eager())  # this first call also makes the constants that later ones reuse
+    eager, ours = measure(case.eager), measure(case.ours)
+    return ModelRow(name, _size_name(size), eager.launches, ours.launches, eager.bytes, ours.bytes, least)
+
+
+def _size_name(size: tuple[int, int, int]) -> str:
+    return "x".join(map(str, size))
 
 
 def model() -> list[ModelRow]:
-    """All operations at the size of a training step, and their sum over one meta step."""
-    rows = [model_row(name, *MODEL_SIZE) for name in tqdm(OPERATIONS, desc="count", file=sys.stderr, disable=None)]
+    """All operations, and the losses of one meta step together."""
+    rows = [model_row(name) for name in tqdm(OPERATIONS, desc="count", file=sys.stderr, disable=None)]
     step = [row for row in rows if row.operation in META_STEP]
     return [*rows, ModelRow.total("losses of a meta step", step, [META_STEP[row.operation] for row in step])]
 
@@ -202,9 +270,9 @@ def model_table(rows: Sequence[ModelRow]) -> str:
     def cells(row: ModelRow) -> tuple[str, ...]:
         megabytes = [f"{count / 1e6:.2f}" for count in (row.eager_bytes, row.bytes, row.least_bytes)]
         launches = (str(row.eager_launches), str(row.launches), f"1/{row.eager_launches / row.launches:.0f}")
-        return (row.operation, *launches, *megabytes, f"{row.bytes / row.least_bytes:.2f}")
+        return (row.operation, row.size, *launches, *megabytes, f"{row.bytes / row.least_bytes:.2f}")
 
-    header = ("operation", "launches eager", "ours", "ratio", "MB eager", "ours", "least", "ours / least")
+    header = ("operation", "size", "launches eager", "ours", "ratio", "MB eager", "ours", "least", "ours / least")
     return format_table(header, [cells(row) for row in rows])
 
 
@@ -284,17 +352,16 @@ def copy_bandwidth(repeats: int) -> float:
 def bench_case(name: str, size: tuple[int, int, int], copy: float, repeats: int) -> list[BenchRow]:
     """One operation at one size: eager, torch.compile, kernels."""
     case = OPERATIONS[name](*size, "cuda")
-    least = case.least_bytes()
+    least = case.least_bytes(case.eager())
     torch._dynamo.reset()
-    compiled = torch.compile(lambda: case.run(reference))
-    variants = {"eager": lambda: case.run(EAGER), "torch.compile": compiled, "kernels": lambda: case.run(kernels)}
+    variants = {"eager": case.eager, "torch.compile": torch.compile(case.plain), "kernels": case.ours}
     rows: list[BenchRow] = []
     for variant, call in variants.items():
         low, median, high = statistics.quantiles(time_call(call, repeats), n=4)
         rate = least / (median / 1e3)
         eager = rows[0].median_ms if rows else median
         speed = (rate / 1e9, rate / copy, peak_bytes(call), eager / median)
-        rows.append(BenchRow(name, "x".join(map(str, size)), variant, median, low, high, *speed))
+        rows.append(BenchRow(name, _size_name(size), variant, median, low, high, *speed))
     return rows
 
 
@@ -376,7 +443,7 @@ def _main_model(options: argparse.Namespace) -> int:
         return subprocess.run(command, env=os.environ | _INTERPRET, check=False).returncode
     rows = model()
     table = model_table(rows)
-    print(f"Size {'x'.join(map(str, MODEL_SIZE))}, float32, values and derivatives.\n{table}")
+    print(table)
     if options.write_docs:
         write_docs(table)
     if options.json:

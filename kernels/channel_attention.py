@@ -10,8 +10,8 @@ with q^ and k^ of length 1 over the H*W pixels; a is the layer norm of x.
    projection into one (C, C) matrix, which takes less time than a launch for it alone would. For each tile then
    v = the convolution, out = x + v matrix^T, and the layer norm of out for what follows, all in registers.
 
-Partial sums: 256 bytes a program at 16 channels and 768 at 32, one program an SM. An H100 reads 132 times 132 of them,
-4 or 13 MB, from its second-level cache; an Orin 16 times 16.
+Partial sums: 256 bytes a program at 16 channels and 768 at 32, one program a multiprocessor. On an H100, 264 programs
+read 132 of them each, 9 or 27 MB, from the second-level cache; on an Orin 32 read 16 each.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from kernels.layer_norm import normalise
 from kernels.stencil import launch_device
 from kernels.tiles import Tile, conv3x3, programs_per_image, tile_for, tile_pixels
 
-GRAM_PROGRAMS = 1  # an SM
-ATTENTION_PROGRAMS = 2  # an SM
+# Warps on each multiprocessor: as many as fit for gram, whose programs each write partial sums.
+GRAM_WARPS = 16
+ATTENTION_WARPS = 32
 
 _LENGTH_EPS = tl.constexpr(1e-24)  # LENGTH_EPS of kernels.reference_blocks
 
@@ -38,7 +39,7 @@ def partial_length(channels: int, heads: int) -> int:
 
 @triton.jit
 def store_products(partial_ptr, products, C: tl.constexpr, HEADS: tl.constexpr):
-    """Writes q_i k_j within each head, from a (2C, 2C) sum whose rows begin with the q and whose columns end with the k."""
+    """Writes q_i k_j within each head, from a (2C, 2C) sum whose first C rows are of q and last C columns of k."""
     D: tl.constexpr = C // HEADS
     i = tl.arange(0, 2 * C)[:, None]
     j = tl.arange(0, 2 * C)[None, :] - C
@@ -147,13 +148,12 @@ def gram(a: Tensor, qk: Tensor, heads: int, tile: Tile | None = None) -> Tensor:
     a: contiguous (N, H, W, C); qk: (9, C, 2C), a's type. Returns (N, programs, C (C / heads + 2)) float32.
     """
     n, height, width, channels = a.shape
-    tile = tile or tile_for("gram", channels, qk.dtype, height * width)
-    tiles = tile.count(height, width)
-    programs = programs_per_image(a, tiles, GRAM_PROGRAMS)
+    tile = tile or tile_for("gram", a, qk.dtype)
+    programs = programs_per_image(a, tile, GRAM_WARPS)
     partials = a.new_empty((n, programs, partial_length(channels, heads)), dtype=torch.float32)
     with launch_device(a):
         gram_kernel[(programs, n)](
-            a, qk, partials, height, width, tiles,
+            a, qk, partials, height, width, tile.count(height, width),
             C=channels, HEADS=heads, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
         )  # fmt: skip
     return partials
@@ -175,13 +175,13 @@ def attention(
     (C inputs, C outputs); norm: weight and bias (C,). The last three are float32.
     """
     n, height, width, channels = x.shape
-    tile = tile or tile_for("attention", channels, v.dtype, height * width)
-    tiles = tile.count(height, width)
-    programs = programs_per_image(x, tiles, ATTENTION_PROGRAMS)
+    tile = tile or tile_for("attention", x, v.dtype)
+    programs = programs_per_image(x, tile, ATTENTION_WARPS)
     y, normalised = torch.empty_like(x), torch.empty_like(a)
     with launch_device(x):
         attention_kernel[(programs, n)](
-            a, x, v, partials, temperature, projection, *norm, y, normalised, height, width, tiles, partials.shape[1],
+            a, x, v, partials, temperature, projection, *norm, y, normalised,
+            height, width, tile.count(height, width), partials.shape[1],
             C=channels, HEADS=temperature.numel(), HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
         )  # fmt: skip
     return y, normalised

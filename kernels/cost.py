@@ -33,15 +33,18 @@ _NO_READ = {
 }  # fmt: skip
 
 
+SECTOR = 32  # bytes: the least that an NVIDIA GPU moves between memory and the chip
+
+
 @dataclass
 class Cost:
     """Launches, and bytes moved between memory and the chip by them together.
 
     Attributes:
         launches: Number of kernels started.
-        bytes: Bytes read and written, each address once a launch: what a cache as large as the tensors would leave.
-        program_bytes: The same with each address once a program of a Triton kernel, so that halos count as often as
-            they are read: what is left where no program profits from another's cache lines.
+        bytes: Bytes read and written, each sector once a launch: what is left where programs meet in the cache.
+        program_bytes: The same with each sector once a program of a Triton kernel, so that halos count as often as
+            they are read: what is left where no program finds another's sectors in the cache.
         names: The kernels in order.
     """
 
@@ -89,34 +92,51 @@ class _CountOperations(TorchDispatchMode):
 
 
 class _Accesses:
-    """Element addresses that interpreted programs load and store, by element size in bytes."""
+    """Sectors of memory that interpreted programs load and store."""
 
     def __init__(self) -> None:
-        self.loads: dict[int, list[np.ndarray]] = {}
-        self.stores: dict[int, list[np.ndarray]] = {}
+        self.sectors: dict[str, list[np.ndarray]] = {"load": [], "store": []}
 
-    def add(self, kind: dict[int, list[np.ndarray]], pointers: Any, mask: Any) -> None:
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    def add(self, kind: str, pointers: Any, mask: Any) -> None:
         addresses, mask = np.broadcast_arrays(pointers.data, mask.data)
-        kind.setdefault(size, []).append(addresses[mask.astype(bool)])
+        touched = addresses[mask.astype(bool)]
+        if touched.size:
+            self.sectors[kind].append(touched // SECTOR)
 
     def take(self) -> _Accesses:
-        """The accesses so far, each address once; starts anew."""
+        """The accesses so far, each sector once; starts anew."""
         taken = _Accesses()
-        for kind, target in ((self.loads, taken.loads), (self.stores, taken.stores)):
-            for size, addresses in kind.items():
-                target[size] = [np.unique(np.concatenate(addresses))]
-            kind.clear()
+        for kind, group in self.sectors.items():
+            taken.sectors[kind] = _distinct(group)
+            group.clear()
         return taken
 
     def extend(self, other: _Accesses) -> None:
-        for kind, more in ((self.loads, other.loads), (self.stores, other.stores)):
-            for size, addresses in more.items():
-                kind.setdefault(size, []).extend(addresses)
+        for kind, group in other.sectors.items():
+            self.sectors[kind] += group
 
     @property
     def bytes(self) -> int:
-        return sum(size * len(a) for kind in (self.loads, self.stores) for size, group in kind.items() for a in group)
+        return sum(SECTOR * array.size for group in self.sectors.values() for array in group)
+
+
+def _distinct(group: list[np.ndarray]) -> list[np.ndarray]:
+    """Each sector once. Each array of `group` lies in one tensor, so a table of its range is faster than sorting."""
+    spans = sorted(((int(array.min()), int(array.max()), array) for array in group), key=lambda span: span[:2])
+    merged: list[tuple[int, int, list[np.ndarray]]] = []
+    for low, high, array in spans:
+        if merged and low <= merged[-1][1] + 2**12:
+            first, last, arrays = merged[-1]
+            merged[-1] = (first, max(last, high), [*arrays, array])
+        else:
+            merged.append((low, high, [array]))
+    found = []
+    for low, high, arrays in merged:
+        touched = np.zeros(high - low + 1, bool)
+        for array in arrays:
+            touched[array - low] = True
+        found.append(np.flatnonzero(touched).astype(np.uint64) + low)
+    return found
 
 
 @contextmanager
@@ -137,11 +157,11 @@ def _count_kernels(cost: Cost) -> Iterator[None]:
         kernel.extend(done)
 
     def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        program.add(program.loads, pointers, mask)
+        program.add("load", pointers, mask)
         return load(pointers, mask, *rest)
 
     def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        program.add(program.stores, pointers, mask)
+        program.add("store", pointers, mask)
         return store(pointers, value, mask, *rest)
 
     def counted_program(x: int, y: int, z: int) -> None:

@@ -24,6 +24,9 @@ from kernels import reference
 BACKENDS = ("reference", "triton", "interpret")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Multiply-adds may be fused, whatever the default of the Triton version is (it changes, with a warning).
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _chosen: dict[str, str] = {}
 
@@ -39,7 +42,7 @@ if os.environ.get("REFUSION_KERNELS") == "interpret":
 
 
 def backend_for(tensor: Tensor) -> str:
-    """"reference", "triton" or "interpret": what an operation on this tensor takes.
+    """What an operation on this tensor takes: "reference", "triton" or "interpret".
 
     Raises:
         ValueError: REFUSION_KERNELS is none of these, or can't serve a tensor on this device.
@@ -169,6 +172,8 @@ def _check_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
                 f"{operation}: gradient {index} has shape {tuple(gradient.shape)}; "
                 f"expected {tuple(parameter.shape)}, its parameter's"
             )
+        if parameter.numel() == 0:
+            raise ValueError(f"{operation}: parameter {index} is empty; expected at least one element")
         for kind, tensor, first in (("parameter", parameter, parameters[0]), ("gradient", gradient, gradients[0])):
             _check_like(operation, f"{kind} {index}", tensor, parameters[0].device)
             if tensor.dtype != first.dtype:

@@ -329,5 +329,5 @@ def aot_entries() -> list[AotEntry]:
 
 
 _BYTES = {"*fp32": 4, "*fp16": 2}
-# Loss and derivative in F together, counted by kernels.bench; ours: loss and derivative, sum, end of the backward pass.
+# Loss and derivative in F, counted by kernels.bench; ours: loss and derivative, sum, end of the backward pass.
 _EAGER_LAUNCHES = 39

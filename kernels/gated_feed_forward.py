@@ -2,7 +2,7 @@
 
     y = x + output(GELU(gate) * value),  [gate | value] = dense 3x3 convolution of `a`
 with a the layer norm of x (in the attention fusion module: x itself). The hidden channels, twice or four times C, are
-worked on in chunks of 32 and never reach memory. The layer norm that the next block begins with is written along with y.
+worked on in chunks of 32 and never reach memory. The layer norm that the next block begins with is written with y.
 
 GELU(x) = x Phi(x). For float32 operands Phi is computed from erf. For float16 operands it is
     GELU(x) = max(x, 0) - |x| (1 - Phi(|x|))
@@ -93,12 +93,13 @@ def gated_feed_forward(
     """
     n, height, width, channels = x.shape
     operands = weights.output.dtype
-    tile = tile or tile_for("feed_forward", channels, operands, height * width)
+    tile = tile or tile_for("feed_forward", x, operands)
     y = torch.empty_like(x)
     normalised = None if next_norm is None else torch.empty_like(x, dtype=operands)
     with launch_device(x):
         feed_forward_kernel[(tile.count(height, width), n)](
-            a, x, *weights, *(next_norm or (None, None)), y, normalised, height, width, weights.output.shape[0] // CHUNK,
+            a, x, *weights, *(next_norm or (None, None)), y, normalised,
+            height, width, weights.output.shape[0] // CHUNK,
             C=channels, CHUNK=CHUNK, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
         )  # fmt: skip
     return y, normalised

@@ -110,9 +110,7 @@ def _launch(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float
         chunk_max = table.new_empty((chunks,), dtype=acc)
         largest = torch.empty_like(chunk_max[0], dtype=gradients[0].dtype)
         g_type = TRITON_TYPE[gradients[0].dtype]
-        _max_kernel[(chunks,)](
-            table, chunk_max, tensors, CHUNK=chunk, G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS
-        )
+        _max_kernel[(chunks,)](table, chunk_max, tensors, CHUNK=chunk, G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS)
         _update_kernel[(chunks,)](
             table, chunk_max, largest, tensors, chunks,
             CHUNK=chunk, P=TRITON_TYPE[parameters[0].dtype], G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS,

@@ -60,8 +60,13 @@ class Operation:
 
     def derivative(self, cotangents: Tensors, inputs: Tensors, option: float | None, needs: Sequence[bool]) -> Tensors:
         """Gradients of the inputs where needs is true, from the twin; differentiable in cotangents and inputs."""
-        _, pull_back = torch.func.vjp(lambda *x: self.reference(*x, option), *inputs)
+        _, pull_back = _vjp(lambda *x: self.reference(*x, option), inputs)
         return tuple(g for g, needed in zip(pull_back(cotangents), needs, strict=True) if needed)
+
+
+def _vjp(function: Callable[..., Tensors], inputs: Tensors) -> tuple[Tensors, Callable[[Tensors], Tensors]]:
+    outputs, pull_back = torch.func.vjp(function, *inputs)[:2]
+    return outputs, pull_back
 
 
 def tangent(function: Callable[..., Tensors], inputs: Tensors, directions: Sequence[Tensor | None]) -> Tensors:
@@ -70,10 +75,10 @@ def tangent(function: Callable[..., Tensors], inputs: Tensors, directions: Seque
     The pull-back is linear in the cotangents, and its own pull-back is the derivative. So this works inside any other
     transform, where forward mode would have to be nested.
     """
-    outputs, pull_back = torch.func.vjp(function, *inputs)
-    _, push_forward = torch.func.vjp(pull_back, tuple(torch.zeros_like(x) for x in outputs))
+    outputs, pull_back = _vjp(function, inputs)
+    _, push_forward = _vjp(lambda *cotangents: pull_back(cotangents), tuple(torch.zeros_like(x) for x in outputs))
     filled = (torch.zeros_like(x) if d is None else d for x, d in zip(inputs, directions, strict=True))
-    return push_forward(tuple(filled))[0]
+    return push_forward(tuple(filled))
 
 
 class _Forward(torch.autograd.Function):
@@ -137,7 +142,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
-        _, pull_back = torch.func.vjp(_first_derivative(ctx.operation, ctx.option, ctx.needs), *ctx.saved_tensors)
+        _, pull_back = _vjp(_first_derivative(ctx.operation, ctx.option, ctx.needs), ctx.saved_tensors)
         return (None, None, None, *pull_back(directions), *[None] * ctx.kept)
 
     @staticmethod
@@ -173,7 +178,9 @@ def _custom_operator(operation: Operation) -> Callable[[list[Tensor], float | No
     def fake_backward(
         cotangents: Sequence[Tensor], inputs: Sequence[Tensor], option: float | None, needs: Sequence[bool]
     ) -> list[Tensor]:
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, n in zip(inputs, needs, strict=True) if n]
+        return [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x, n in zip(inputs, needs, strict=True) if n
+        ]
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors, ctx.option = inputs
@@ -190,7 +197,7 @@ def _custom_operator(operation: Operation) -> Callable[[list[Tensor], float | No
 
     def differentiate_again(ctx: Any, directions: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None, None]:
         function = _first_derivative(operation, ctx.option, ctx.needs)
-        gradients = torch.func.vjp(function, *ctx.saved_tensors)[1](tuple(directions))
+        gradients = _vjp(function, ctx.saved_tensors)[1](tuple(directions))
         return list(gradients[: operation.outputs]), list(gradients[operation.outputs :]), None, None
 
     forward_operator = torch.library.custom_op(

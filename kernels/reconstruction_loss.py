@@ -270,5 +270,5 @@ def aot_entries() -> list[AotEntry]:
 
 
 _BYTES = {"*fp32": 4, "*fp16": 2}
-# Loss and both derivatives together, counted by kernels.bench; ours: loss and derivatives, sum, end of the backward pass.
+# Loss and both derivatives, counted by kernels.bench; ours: loss and derivatives, sum, end of the backward pass.
 _EAGER_LAUNCHES = 75

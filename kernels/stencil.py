@@ -40,15 +40,15 @@ class Strips:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
-# Rows of a strip for images of up to so many pixels in the batch. Short strips read more halo rows, but these images are
-# in the second-level cache as a whole, and more programs are needed to fill the GPU.
+# Rows of a strip for batches of up to so many pixels. Short strips read more halo rows, but such a batch is in the
+# second-level cache as a whole, and more programs are needed to fill the GPU.
 ROWS = ((2**17, 8), (2**20, 16))
 MOST_ROWS = 32
 
 
 def strips(image: Tensor) -> Strips:
     """The explicit launch table. The interpreter pays for each operation of a program, so it gets one an image."""
-    n, _, height, width = image.shape
+    height, width = image.shape[2:]
     if INTERPRETED:
         columns, rows, num_warps = triton.next_power_of_2(width), height, 1
     else:
@@ -76,7 +76,8 @@ def launch_device(tensor: Tensor) -> torch.cuda.device_of:
         raise RuntimeError(f"TRITON_INTERPRET=1 interprets kernels on CPU tensors; got one on {tensor.device}")
     if not INTERPRETED and not tensor.is_cuda:
         raise RuntimeError(
-            "REFUSION_KERNELS=interpret, but Triton was imported to compile: set TRITON_INTERPRET=1 before Python starts"
+            f"Triton was imported to compile; got a tensor on {tensor.device}. "
+            "To interpret kernels set TRITON_INTERPRET=1 before Python starts"
         )
     return torch.cuda.device_of(tensor)
 

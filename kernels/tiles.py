@@ -27,7 +27,6 @@ from torch import Tensor
 from kernels.stencil import INTERPRETED
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
-OPERANDS = (torch.float16, torch.float32)
 # The features of one image are addressed with 32 bits.
 MOST_ELEMENTS = 2**31 - 1
 
@@ -45,42 +44,48 @@ class Tile:
         return triton.cdiv(height, self.height) * triton.cdiv(width, self.width)
 
 
-# (operation, channels, operands) -> tile: the largest without spills that leaves a quarter of an SM's warps on sm_87,
-# sm_89, sm_90 and sm_120. `python -m kernels.aot` shows what each takes.
+# (operation, channels): the tiles for features and operands of two bytes; for float32 features and float16 operands;
+# for float32 throughout. Each is the largest tried that spills nothing and leaves room for 12 warps on an SM of sm_87,
+# sm_89, sm_90 and sm_120; `python -m kernels.aot` shows what each takes.
 TILES = {
-    ("gram", 16, torch.float16): Tile(16, 32, 16),
-    ("gram", 32, torch.float16): Tile(8, 32, 16),
-    ("gram", 16, torch.float32): Tile(8, 32, 8),
-    ("gram", 32, torch.float32): Tile(4, 32, 8),
-    ("fusion_gram", 16, torch.float16): Tile(16, 32, 16),
-    ("fusion_gram", 16, torch.float32): Tile(8, 32, 8),
-    ("attention", 16, torch.float16): Tile(16, 32, 16),
-    ("attention", 32, torch.float16): Tile(8, 32, 16),
-    ("attention", 16, torch.float32): Tile(8, 32, 16),
-    ("attention", 32, torch.float32): Tile(4, 32, 16),
-    ("fusion_attention", 16, torch.float16): Tile(16, 32, 16),
-    ("fusion_attention", 16, torch.float32): Tile(8, 32, 16),
-    ("feed_forward", 16, torch.float16): Tile(4, 32, 8),
-    ("feed_forward", 32, torch.float16): Tile(2, 32, 4),
-    ("feed_forward", 16, torch.float32): Tile(2, 32, 4),
-    ("feed_forward", 32, torch.float32): Tile(2, 32, 8),
+    ("gram", 16): (Tile(16, 32, 16), Tile(16, 32, 16), Tile(8, 32, 8)),
+    ("gram", 32): (Tile(8, 32, 16), Tile(8, 32, 16), Tile(2, 32, 8)),
+    ("fusion_gram", 16): (Tile(8, 32, 16), Tile(2, 32, 4), Tile(8, 32, 16)),
+    ("attention", 16): (Tile(16, 32, 16), Tile(16, 32, 16), Tile(4, 32, 16)),
+    ("attention", 32): (Tile(8, 32, 16), Tile(8, 32, 16), Tile(4, 32, 16)),
+    ("fusion_attention", 16): (Tile(16, 32, 16), Tile(8, 32, 16), Tile(8, 32, 16)),
+    ("feed_forward", 16): (Tile(4, 32, 8), Tile(4, 32, 8), Tile(2, 32, 4)),
+    ("feed_forward", 32): (Tile(2, 32, 4), Tile(2, 16, 2), Tile(2, 32, 4)),
 }
 # The interpreter pays for each operation of a program: it gets few, large ones.
 INTERPRETED_TILE = Tile(64, 128, 1)
 SMALL_INTERPRETED_TILE = Tile(16, 32, 1)
+INTERPRETED_PROGRAMS = 3
 
 
-def tile_for(operation: str, channels: int, operands: torch.dtype, pixels: int) -> Tile:
-    """The explicit launch table."""
+def compiled_tile(operation: str, channels: int, x: torch.dtype, operands: torch.dtype) -> Tile:
+    """The launch table for features of type `x`."""
+    half, mixed, exact = TILES[operation, channels]
+    if operands == torch.float32:
+        return exact
+    return mixed if x == torch.float32 else half
+
+
+def tile_for(operation: str, x: Tensor, operands: torch.dtype) -> Tile:
+    """Tile for contiguous (N, H, W, C) features."""
+    _, height, width, channels = x.shape
     if INTERPRETED:
-        return SMALL_INTERPRETED_TILE if pixels <= 64 * 64 else INTERPRETED_TILE
-    return TILES[operation, channels, operands]
+        return SMALL_INTERPRETED_TILE if height * width <= 64 * 64 else INTERPRETED_TILE
+    return compiled_tile(operation, channels, x.dtype, operands)
 
 
-def programs_per_image(x: Tensor, tiles: int, per_multiprocessor: int) -> int:
-    """Programs that share the tiles of an image, so that `per_multiprocessor` of all the batch's run on each SM."""
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-    return min(tiles, triton.cdiv(count * per_multiprocessor, x.shape[0]))
+def programs_per_image(x: Tensor, tile: Tile, warps: int) -> int:
+    """Programs that share the tiles of an image, so that the whole batch's put `warps` on each multiprocessor."""
+    n, height, width, _ = x.shape
+    programs = INTERPRETED_PROGRAMS
+    if x.is_cuda:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count * warps // tile.num_warps
+    return min(tile.count(height, width), triton.cdiv(programs, n))
 
 
 def features(name: str, x: Tensor, channels: int, operands: torch.dtype, device: torch.device) -> Tensor:
@@ -94,8 +99,8 @@ def features(name: str, x: Tensor, channels: int, operands: torch.dtype, device:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, {channels}, H, W), none of them 0")
     if x.dtype not in TYPES:
         raise TypeError(f"{name} is {x.dtype}; expected float16, bfloat16 or float32")
-    if operands not in OPERANDS:
-        raise TypeError(f"the weights are folded to {operands}; expected float16 or float32")
+    if operands == torch.float32 != x.dtype:
+        raise TypeError(f"{name} is {x.dtype}, the weights are folded to float32; expected float32, or float16 weights")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; expected {device}, where the weights are")
     if 2 * x[0].numel() > MOST_ELEMENTS:

@@ -36,7 +36,7 @@ from kernels.gated_feed_forward import (
 )
 from kernels.layer_norm import PIXELS, layer_norm, layer_norm_kernel
 from kernels.reference_blocks import TransformerBlockWeights
-from kernels.tiles import TILES, Tile, features, fold
+from kernels.tiles import Tile, compiled_tile, features, fold
 
 HEADS = 8
 CHANNELS = (16, 32)
@@ -44,7 +44,7 @@ CHANNELS = (16, 32)
 
 @dataclass(frozen=True)
 class FoldedTransformerBlock:
-    """Weights of a block as the kernels read them: made once by `fold_transformer_block`, valid until the weights change.
+    """Weights of a block as the kernels read them: made by `fold_transformer_block`, valid until the weights change.
 
     Attributes:
         norm1, norm2: Weight and bias, (C,) float32.
@@ -131,7 +131,7 @@ def transformer_block(x: Tensor, weights: FoldedTransformerBlock) -> Tensor:
 
 
 def transformer_blocks(x: Tensor, blocks: Sequence[FoldedTransformerBlock]) -> Tensor:
-    """Several blocks, one after the other: one launch, and three for each. Arguments and errors as transformer_block."""
+    """Several blocks one after the other: one launch, and three for each. Arguments and errors as transformer_block."""
     if not blocks or any((b.channels, b.operands) != (blocks[0].channels, blocks[0].operands) for b in blocks):
         got = [f"{b.channels} channels in {b.operands}" for b in blocks]
         raise ValueError(f"got blocks of {got}; expected at least one, all with the same channels and operands")
@@ -253,7 +253,7 @@ def _gram_entry(channels: int, operands: torch.dtype) -> AotEntry:
         {"a_ptr": POINTERS[operands], "qk_ptr": POINTERS[operands], "partial_ptr": "*fp32"},
         ("H", "W", "tiles"),
         {"C": channels, "HEADS": HEADS},
-        TILES["gram", channels, operands],
+        compiled_tile("gram", channels, operands, operands),
         entry_bytes(channels, operands, operands, 0, 1),
         (eager_launches(operands), LAUNCHES),
     )
@@ -268,7 +268,7 @@ def _attention_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> Ao
         pointers | dict.fromkeys(("x_ptr", "y_ptr"), POINTERS[x]) | dict.fromkeys(wide, "*fp32"),
         ("H", "W", "tiles", "partials"),
         {"C": channels, "HEADS": HEADS},
-        TILES["attention", channels, operands],
+        compiled_tile("attention", channels, x, operands),
         entry_bytes(channels, x, operands, 2, 2),
         (eager_launches(x), LAUNCHES),
     )
@@ -295,7 +295,7 @@ def feed_forward_entry(
         pointers,
         ("H", "W", "chunks"),
         {"C": channels, "CHUNK": CHUNK} | ({} if with_norm else dict.fromkeys(norm)),
-        TILES["feed_forward", channels, operands],
+        compiled_tile("feed_forward", channels, x, operands),
         entry_bytes(channels, x, operands, 2, 2 if with_norm else 0),
         launches,
     )

@@ -29,12 +29,11 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Write networks, optimizers, schedules, position, accumulated gradients and random states of a run."""
+    """Write networks, optimizers, position (it gives the schedule), accumulated gradients and random states of a run."""
     state = {
         "settings": _settings(trainer),
         "networks": {name: net.state_dict() for name, net in trainer.networks.items()},
         "optimizers": {name: o.state_dict() for name, o in trainer.optimizers.items()},
-        "schedulers": {name: s.state_dict() for name, s in trainer.schedulers.items()},
         "scaler": trainer.scaler.state_dict(),
         "accumulated": trainer.accumulated,
         "position": dataclasses.asdict(trainer.position),
@@ -59,18 +58,17 @@ def load_checkpoint(path: Path, trainer: Trainer) -> None:
     try:
         state = torch.load(path, map_location=trainer.device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}): start again with another out") from error
+        raise InputError(
+            f"{path}: damaged checkpoint ({type(error).__name__}): start again with another out"
+        ) from error
     for name, value in _settings(trainer).items():
         saved = state["settings"].get(name)
         if saved != value:
             raise InputError(f"{path}: was made with {name} = {saved}, now it is {value}: give the same settings")
-    for group, parts in (
-        ("networks", trainer.networks),
-        ("optimizers", trainer.optimizers),
-        ("schedulers", trainer.schedulers),
-    ):
-        for name, part in parts.items():
-            part.load_state_dict(state[group][name])  # type: ignore[attr-defined]
+    for name, net in trainer.networks.items():
+        net.load_state_dict(state["networks"][name])
+    for name, optimizer in trainer.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
     trainer.scaler.load_state_dict(state["scaler"])
     for total, saved in zip(trainer.accumulated, state["accumulated"], strict=True):
         total.copy_(saved)

@@ -38,6 +38,7 @@ class TrainConfig:
     init: str = _setting("", "weights of the fusion network to start from: a task name or a file")
     crop: int = _setting(128, "side of the square crops, pixels")
     flips: bool = _setting(True, "flip crops at random")
+    darken: float = _setting(0.0, "multiply each source's crop by a random factor from [1 - darken, 1]")
 
     # Schedule
     epochs: int = _setting(50, "epochs")
@@ -51,7 +52,10 @@ class TrainConfig:
     schedule: Literal["step", "cosine"] = _setting("step", "how learning rates fall")
     lr_step: int = _setting(10, "step schedule: epochs between falls")
     lr_gamma: float = _setting(0.1, "step schedule: factor at each fall")
-    ramp: bool = _setting(True, "gradient term's weight grows from 1/epochs to 1; otherwise it is 1 throughout")
+    gradient_weight: float = _setting(1.0, "weight of the loss's gradient term at the end")
+    ramp: bool = _setting(
+        True, "the gradient term's weight grows from 1/epochs of that; otherwise it is the same throughout"
+    )
 
     # Loss proposal and its meta-learning
     loss_proposal: Literal["paper", "symmetric"] = _setting("paper", "kind of loss-proposal network")
@@ -59,7 +63,9 @@ class TrainConfig:
     prior_w: float = _setting(0.0, "strength of the prior on the intensity weights w; 0 = none")
     prior_v: float = _setting(0.0, "strength of the gradient prior on the gradient weights v; 0 = none")
     meta_gradient: Literal["jvp", "double"] = _setting("jvp", "exact meta-gradient by a JVP, or by a double backward")
-    meta_optimizer: Literal["max_normalized", "adam"] = _setting("max_normalized", "update of the loss-proposal network")
+    meta_optimizer: Literal["max_normalized", "adam"] = _setting(
+        "max_normalized", "update of the loss-proposal network"
+    )
     accumulate: int = _setting(2, "outer gradients that make one update of the loss-proposal network")
     outer: Literal["reconstruction"] = _setting("reconstruction", "outer loss; others through refusion.train.train()")
     outer_noise: float = _setting(0.0, "noise added to the fused image before it is reconstructed (standard deviation)")
@@ -83,7 +89,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "crop", "checkpoint_every", "log_every", "dev_every"):
             _refuse(getattr(self, name) < 1, name, getattr(self, name), "at least 1")
-        for name in ("meta_steps", "fusion_steps", "threads", "dev_limit", "prior_w", "prior_v", "outer_noise"):
+        for name in (
+            "meta_steps",
+            "fusion_steps",
+            "threads",
+            "dev_limit",
+            "prior_w",
+            "prior_v",
+            "outer_noise",
+            "gradient_weight",
+        ):
             _refuse(getattr(self, name) < 0, name, getattr(self, name), "0 or more")
         for name in ("lr", "lr_inner", "lr_meta", "lr_gamma"):
             _refuse(not getattr(self, name) > 0, name, getattr(self, name), "more than 0")
@@ -160,4 +175,5 @@ def from_flags(args: argparse.Namespace) -> TrainConfig:
             raise InputError(f"there is no recipe for task '{task}': write a TOML file and give it with --config")
         settings |= read_toml(path)
     settings |= from_file | flags
-    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    return TrainConfig(**values)

@@ -22,14 +22,6 @@ from runtime.color import Tone, apply_tone
 from runtime.errors import InputError
 from runtime.images import Pair, find_pair_folders, find_pairs, read_image, refuse_or_skip
 
-# task -> what source A and source B are
-TASKS: dict[str, tuple[str, str]] = {
-    "ivif": ("infrared", "visible"),
-    "mif": ("CT, PET or SPECT", "MRI"),
-    "mfif": ("near focus", "far focus"),
-    "meif": ("under-exposed", "over-exposed"),
-}
-
 _ORDER, _CROP = 0, 1  # the two kinds of random numbers of a (seed, epoch, stage)
 _MANY = 50  # pairs from which reading deserves a progress bar
 
@@ -52,6 +44,8 @@ class PairDataset(Dataset[Batch]):
         skip_bad: leave out files that are unreadable, unmatched or unequal in size, with a warning for each, instead of
             refusing.
         flips: mirror each crop left-right and upside down, each with probability 1/2.
+        darken: from 0 to below 1: multiply each source's crop by a factor drawn from [1 - darken, 1], so that sources
+            darker than the training data are seen too.
         cache_gb: memory for decoded images in 10^9 bytes (of this process); the rest is read again for each crop.
         tone: how 16-bit grey images are scaled to [0, 1], see `runtime.color.apply_tone`. By default to each image's
             own percentiles 1 and 99, as raw thermal counts fill a small part of the 16 bits.
@@ -71,14 +65,17 @@ class PairDataset(Dataset[Batch]):
         b_name: str = "b",
         skip_bad: bool = False,
         flips: bool = True,
+        darken: float = 0.0,
         cache_gb: float = 2.0,
         tone: Tone = "percentile",
         progress: bool = True,
     ):
         if crop < 1 or seed < 0:
             raise InputError(f"crop is {crop} and seed is {seed}; crop must be at least 1 and seed at least 0")
+        if not 0 <= darken < 1:
+            raise InputError(f"darken is {darken}; it must be from 0 to below 1")
         apply_tone(np.zeros((1, 1), np.uint16), tone)  # refuses an unknown tone before any file is read
-        self.crop, self.seed, self.flips, self.tone = crop, seed, flips, tone
+        self.crop, self.seed, self.flips, self.darken, self.tone = crop, seed, flips, darken, tone
         folders = [folder for root in roots for folder in find_pair_folders(root, a_name, b_name)]
         if not folders:
             raise InputError("no data folder is given")
@@ -141,7 +138,8 @@ class PairDataset(Dataset[Batch]):
         if self.flips:
             rows, columns = (-1 if flip else 1 for flip in rng.integers(2, size=2))
             a, b = a[::rows, ::columns], b[::rows, ::columns]
-        return _to_tensor(a), _to_tensor(b)
+        gain_a, gain_b = 1 - self.darken * rng.random(2)
+        return _to_tensor(a) * float(gain_a), _to_tensor(b) * float(gain_b)
 
     def batch(self, epoch: int, stage: int, step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of one process of the batch of a step: a, b, each (batch_size, 1, crop, crop) float32 in [0, 1].

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -33,10 +32,9 @@ from refusion.metrics import METRICS, check_names, evaluate
 from runtime.color import luma
 from runtime.errors import InputError
 from runtime.images import Pair, find_pair_folders, find_pairs, read_image, write_image
+from runtime.panel import side_by_side
 
 Fuse = Callable[[np.ndarray, np.ndarray], np.ndarray]  # a, b -> fused; (H, W) or (H, W, 3) BGR
-
-CAPTION_HEIGHT = 24  # pixels above each picture
 
 log = logging.getLogger("refusion")
 
@@ -315,31 +313,6 @@ def _evaluate_scene(scene: Scene, pictures: Pictures, convention: str, metrics: 
 def grey_uint8(image: np.ndarray) -> NDArray[np.uint8]:
     """Luma of a picture, rounded to 8 bits: (H, W) or (H, W, 3) BGR, uint8 or uint16 -> (H, W) uint8."""
     return np.rint(luma(image) * 255).astype(np.uint8)
-
-
-def side_by_side(pictures: Mapping[str, np.ndarray]) -> NDArray[np.uint8]:
-    """Pictures of equal size in a row, each under its caption.
-
-    Args:
-        pictures: caption -> (H, W) or (H, W, 3) BGR, uint8 or uint16; n of them.
-
-    Returns:
-        (CAPTION_HEIGHT + H, n W, 3) BGR uint8.
-    """
-    return np.hstack([_captioned(image, caption) for caption, image in pictures.items()])
-
-
-def _captioned(image: np.ndarray, caption: str) -> NDArray[np.uint8]:
-    if image.dtype == np.uint16:
-        image = (image // 257).astype(np.uint8)
-    if image.ndim == 2:
-        image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    bar = np.zeros((CAPTION_HEIGHT, image.shape[1], 3), np.uint8)
-    font, margin = cv2.FONT_HERSHEY_SIMPLEX, 4
-    (width, _), _ = cv2.getTextSize(caption, font, 0.5, 1)
-    scale = 0.5 * min(1.0, max(bar.shape[1] - 2 * margin, 1) / max(width, 1))
-    cv2.putText(bar, caption, (margin, CAPTION_HEIGHT - 8), font, scale, (255, 255, 255), 1, cv2.LINE_AA)
-    return np.vstack([bar, image])
 
 
 def _spread(pairs: list[Pair], limit: int | None) -> list[Pair]:

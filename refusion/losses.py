@@ -24,8 +24,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def gradient_weight(epoch: int, epochs: int) -> float:
-    """Weight of the gradient term in epoch 0 .. epochs - 1: grows linearly from 1 / epochs to 1."""
+def gradient_ramp(epoch: int, epochs: int) -> float:
+    """Growth of the gradient term's weight in epoch 0 .. epochs - 1: linear, from 1 / epochs to 1."""
     return (epoch + 1) / epochs
 
 

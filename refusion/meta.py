@@ -156,9 +156,7 @@ def _jvp_step(
     direction, outer_loss = _outer_gradient(fusion, outer, theta_new, psi_new, second, mean)
 
     tangent = directional_derivative(fusion, theta, direction, inner.a, inner.b)
-    dw, dv = kernels.fusion_meta_grad(
-        fused.to(w.dtype), inner.a, inner.b, w, v, tangent.to(w.dtype), gradient_weight
-    )
+    dw, dv = kernels.fusion_meta_grad(fused.to(w.dtype), inner.a, inner.b, w, v, tangent.to(w.dtype), gradient_weight)
     phi = dict(proposal.named_parameters())
     gradients = torch.autograd.grad(proposal(inner.a, inner.b), list(phi.values()), (-lr * dw, -lr * dv))
     return MetaStep(dict(zip(phi, mean(gradients), strict=True)), loss.detach(), outer_loss)
@@ -176,7 +174,8 @@ def _double_backward_step(
 ) -> MetaStep:
     theta = _leaves(fusion)
     fused = functional_call(fusion, theta, (inner.a, inner.b))
-    loss = fusion_loss(fused, inner.a, inner.b, *proposal(inner.a, inner.b), gradient_weight)
+    w, v = proposal(inner.a, inner.b)
+    loss = fusion_loss(fused, inner.a, inner.b, w, v, gradient_weight)
     theta_gradient = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
     theta_new = _descend(theta, mean(theta_gradient), lr)
     psi_new = _inner_update_of_outer(outer, fused, inner, lr, mean)

@@ -230,12 +230,12 @@ class LossProposalNet(_Network):
     """The loss-proposal network: weights of both sources in the intensity term (w) and in the gradient term (v).
 
     forward(a, b): two images (N, 1, H, W) in [0, 1] -> (w, v), both (N, 2, H, W), channel 0 for a, summing to 1 over
-    the channels. As in the paper, or with two variants (ours):
+    the channels. As in the paper, or with two variants of ours:
 
     symmetric: one scoring network s, w = softmax(s(a, b), s(b, a)), v alike, so that swapping the sources swaps the
         weights; its last layer starts at 0, so that w = v = 0.5 at first.
-    prior, prior_w, prior_v: add prior_w * PRIORS[prior](x) to the logits of w, and prior_v * (the gradient averaged over
-        3x3 pixels) to those of v, x being a or b.
+    prior, prior_w, prior_v: add prior_w * PRIORS[prior](x) to the logits of w, and prior_v * (the gradient averaged
+        over 3x3 pixels) to those of v, x being a or b.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ class LossProposalNet(_Network):
 
 
 class ReconstructionNet(_Network):
-    """The source-reconstruction network: fused image (N, 1, H, W) -> reconstructed (a, b), (N, 1, H, W) each, in (0, 1).
+    """The source-reconstruction network: fused (N, 1, H, W) -> reconstructed (a, b), (N, 1, H, W) each, in (0, 1).
 
     Not released by the authors; ours is four transformer blocks, 14,992 parameters.
     """

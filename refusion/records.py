@@ -56,7 +56,9 @@ class Recorder:
 
 def _keep_lines(path: Path, last_step: int) -> None:
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= last_step]
+        lines = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= last_step
+        ]
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -3,10 +3,10 @@
     python -m refusion.train --task ivif --data DIR --out runs/ivif            # or: refusion train ...
     torchrun --nproc-per-node 2 -m refusion.train --task ivif --data DIR --out runs/ivif
 
-Each epoch first makes `meta_steps` meta steps (refusion.meta), which change the loss-proposal network alone; then it goes
-over the training set with that network frozen: an Adam step on the fusion network with the proposed loss, then one on the
-outer loss's own network (source reconstruction). In `out`: checkpoint.pt (resumes bit-exactly), last.safetensors and
-best.safetensors (fusion network), log.jsonl and TensorBoard records.
+Each epoch first makes `meta_steps` meta steps (refusion.meta), which change the loss-proposal network alone; then it
+goes over the training set with that network frozen: an Adam step on the fusion network with the proposed loss, then one
+on the outer loss's own network (source reconstruction). In `out`: checkpoint.pt (resumes bit-exactly), last.safetensors
+and best.safetensors (fusion network), log.jsonl and TensorBoard records.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import kernels
@@ -31,11 +30,12 @@ from refusion import distributed, records
 from refusion.allocator import keep_freed_memory
 from refusion.checkpoint import load_checkpoint, save_checkpoint
 from refusion.config import TrainConfig, add_flags, from_flags
-from refusion.losses import OuterLoss, ReconstructionLoss, fusion_loss, gradient_weight
+from refusion.losses import OuterLoss, ReconstructionLoss, fusion_loss, gradient_ramp
 from refusion.meta import Batch, exchange, meta_step, plain
 from refusion.model import FusionNet, LossProposalNet
 from refusion.weights import load_fusion_net, save_weights
 from runtime.errors import InputError, exit_code
+from runtime.tasks import TASKS
 
 log = logging.getLogger("refusion")
 
@@ -80,40 +80,51 @@ class Trainer:
             prior_v=config.prior_v,
         )
         self.outer = ReconstructionLoss(noise=config.outer_noise) if outer is None else outer
-        self.networks = {"fusion": self.fusion, "proposal": self.proposal, "outer": self.outer}
+        self.networks: dict[str, torch.nn.Module] = {
+            "fusion": self.fusion,
+            "proposal": self.proposal,
+            "outer": self.outer,
+        }
         for net in self.networks.values():
-            net.to(self.device, memory_format=torch.channels_last)
-        for net in self.outer.modules(), self.fusion.modules(), self.proposal.modules():
-            for module in net:
+            net.to(device=self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for module in net.modules():
                 if hasattr(module, "recompute"):
-                    module.recompute = config.recompute
-        self.optimizers = {"fusion": torch.optim.Adam(self.fusion.parameters(), config.lr)}
+                    module.recompute = config.recompute  # type: ignore[assignment]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "fusion": torch.optim.Adam(self.fusion.parameters(), config.lr)
+        }
         if any(True for _ in self.outer.parameters()):
             self.optimizers["outer"] = torch.optim.Adam(self.outer.parameters(), config.lr)
-        # With max-normalised updates the schedule still lives in an optimizer's learning rate.
+        # With max-normalised updates this one only holds the learning rate.
         kind = torch.optim.Adam if config.meta_optimizer == "adam" else torch.optim.SGD
         self.optimizers["proposal"] = kind(self.proposal.parameters(), config.lr_meta)
-        self.schedulers = {name: LambdaLR(o, self._lr_factor) for name, o in self.optimizers.items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.accumulated = [torch.zeros_like(p) for p in self.proposal.parameters()]
         self.position = Position()
         self.best = -math.inf
         self.fusion_steps = config.fusion_steps or data.steps_per_epoch(config.batch_size, distributed.world())
 
-    def _lr_factor(self, epoch: int) -> float:
+    @property
+    def lr_factor(self) -> float:
+        """What all learning rates are multiplied with in this epoch; the cosine ends at 1 %."""
+        epoch = self.position.epoch
         if self.config.schedule == "cosine":
-            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / self.config.epochs)))
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / self.config.epochs))
         return self.config.lr_gamma ** (epoch // self.config.lr_step)
+
+    def _set_learning_rates(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            lr = self.config.lr_meta if name == "proposal" else self.config.lr
+            optimizer.param_groups[0]["lr"] = lr * self.lr_factor
 
     @property
     def gradient_weight(self) -> float:
-        return gradient_weight(self.position.epoch, self.config.epochs) if self.config.ramp else 1.0
+        ramp = gradient_ramp(self.position.epoch, self.config.epochs) if self.config.ramp else 1.0
+        return ramp * self.config.gradient_weight
 
     def batch(self, stage: int, step: int) -> Batch:
         world, rank = distributed.world(), distributed.rank()
-        tensors = self.data.batch(
-            self.position.epoch, stage, step, self.config.batch_size, rank=rank, world=world
-        )
+        tensors = self.data.batch(self.position.epoch, stage, step, self.config.batch_size, rank=rank, world=world)
         tensors = [t.to(self.device, non_blocking=True) for t in tensors]
         return (exchange if self.config.exchange else plain)(*tensors)
 
@@ -132,12 +143,12 @@ class Trainer:
                 self.batch(INNER, step),
                 self.batch(OUTER, step),
                 gradient_weight=self.gradient_weight,
-                lr=config.lr_inner * self._lr_factor(self.position.epoch),
+                lr=config.lr_inner * self.lr_factor,
                 method=config.meta_gradient,
                 mean=distributed.mean,
             )
         for total, gradient in zip(self.accumulated, result.gradients.values(), strict=True):
-            total += gradient
+            total.add_(gradient)
         largest = torch.zeros(())
         if (step + 1) % config.accumulate == 0:
             largest = self._update_proposal()
@@ -189,6 +200,7 @@ class Trainer:
 
     def steps(self) -> Iterator[dict[str, float | Tensor]]:
         """Make the steps of the current epoch that are left, yielding the scalars of each."""
+        self._set_learning_rates()
         stages = ((self.meta_step, self.config.meta_steps), (self.fusion_step, self.fusion_steps))
         while self.position.stage < len(stages):
             step, count = stages[self.position.stage]
@@ -229,8 +241,6 @@ class Trainer:
                 fused = self.fusion(batch.a, batch.b)
             recorder.panel(self.position.total, batch.a, batch.b, fused, w, v)
         epoch = self.position.epoch
-        for scheduler in self.schedulers.values():
-            scheduler.step()
         self.position = Position(epoch + 1, 0, 0, self.position.total)
         if main:
             measured = epoch + 1 == config.epochs or (epoch + 1) % config.dev_every == 0
@@ -248,8 +258,6 @@ class Trainer:
         return (metrics["Qabf"] + metrics["VIF"]) / 2
 
     def _metadata(self, score: float | None) -> dict[str, object]:
-        from refusion.data import TASKS
-
         return {
             "task": self.config.task,
             "input_order": "a = {}, b = {}".format(*TASKS[self.config.task]),
@@ -285,6 +293,15 @@ def train(config: TrainConfig, data: Data | None = None, outer: OuterLoss | None
     out = Path(config.out)
     if (out / "checkpoint.pt").exists() and not config.resume:
         raise InputError(f"{out} holds a run already: go on with --resume, or give another --out")
+    distributed.start(_device(config.device))
+    try:
+        return _train(config, data, outer)
+    finally:
+        distributed.stop()
+
+
+def _train(config: TrainConfig, data: Data | None, outer: OuterLoss | None) -> Trainer:
+    out = Path(config.out)
     if data is None:
         from refusion.data import PairDataset
 
@@ -298,34 +315,28 @@ def train(config: TrainConfig, data: Data | None = None, outer: OuterLoss | None
             b_name=config.b_name,
             skip_bad=config.skip_bad,
             flips=config.flips,
+            darken=config.darken,
             cache_gb=config.cache_gb,
+            progress=distributed.rank() == 0,
         )
-    distributed.start(_device(config.device))
-    try:
-        trainer = Trainer(config, data, outer)
-        if config.resume and (out / "checkpoint.pt").exists():
-            load_checkpoint(out / "checkpoint.pt", trainer)
-        elif distributed.rank() == 0:
-            records.write_config(out, config)
-        started = time.monotonic()
-        trainer.run()
-        log.info("%d steps in %.0f s: %s", trainer.position.total, time.monotonic() - started, out)
-    finally:
-        distributed.stop()
+    trainer = Trainer(config, data, outer)
+    if config.resume and (out / "checkpoint.pt").exists():
+        load_checkpoint(out / "checkpoint.pt", trainer)
+    elif distributed.rank() == 0:
+        records.write_config(out, config)
+    started = time.monotonic()
+    trainer.run()
+    log.info("%d steps in %.0f s: %s", trainer.position.total, time.monotonic() - started, out)
     return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="refusion train", description="Train a fusion network.")
+    """The command line of `python -m refusion.train` and torchrun; the same flags as `refusion train`."""
+    parser = argparse.ArgumentParser(prog="refusion.train", description="Train a fusion network.")
     add_flags(parser)
-    return exit_code(lambda: run_train(parser.parse_args(argv)))
-
-
-def run_train(args: argparse.Namespace) -> int:
-    """The command `refusion train`, from parsed flags."""
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(from_flags(args))
-    return 0
+    return exit_code(lambda: train(from_flags(args)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from refusion.model import FusionNet
 from runtime.errors import InputError
 
 FORMAT_VERSION = "1"
-SHIPPED = Path(__file__).parent / "weights"  # <task>.safetensors, beside the model card <task>.md
+SHIPPED = Path(__file__).parent / "pretrained"  # <task>.safetensors, beside the model card <task>.md
 
 
 def shipped_tasks() -> list[str]:
@@ -36,7 +36,9 @@ def find_weights(name: str | Path) -> Path:
         return shipped
     path = Path(name)
     if path.suffix not in (".safetensors", ".pth"):
-        raise InputError(f"no weights '{name}': give one of {', '.join(shipped_tasks())} or a .safetensors or .pth file")
+        raise InputError(
+            f"no weights '{name}': give one of {', '.join(shipped_tasks())} or a .safetensors or .pth file"
+        )
     if not path.is_file():
         raise InputError(f"{path}: no such weights file")
     return path

@@ -13,13 +13,14 @@ class InputError(ValueError):
     """
 
 
-def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; bad input ends with one line on stderr and exit code 2, Ctrl-C with 130."""
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command: 0 where it ends, 2 and one line on stderr for bad input, 130 for Ctrl-C."""
     try:
-        return command()
+        command()
     except InputError as error:
         print(f"refusion: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("refusion: interrupted", file=sys.stderr)
         return 130
+    return 0

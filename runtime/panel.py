@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from runtime.color import Tone, apply_tone, chroma, compose, is_grey
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
-_BAR_HEIGHT = 24  # pixels above each picture
+CAPTION_HEIGHT = 24  # pixels above each picture
 
 
 def side_by_side(pictures: Mapping[str, np.ndarray], tone: Tone = "full") -> NDArray[np.uint8]:
@@ -22,7 +22,7 @@ def side_by_side(pictures: Mapping[str, np.ndarray], tone: Tone = "full") -> NDA
         tone: brightness of 16-bit grey pictures, see `runtime.color.apply_tone`.
 
     Returns:
-        (24 + H) x (n W) x 3 uint8 (BGR).
+        (CAPTION_HEIGHT + H) x (n W) x 3 uint8 (BGR).
     """
     return np.hstack([_captioned(_displayed(picture, tone), caption) for caption, picture in pictures.items()])
 
@@ -39,6 +39,6 @@ def _captioned(picture: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:
     width = picture.shape[1]
     (text_width, _), _ = cv2.getTextSize(caption, _FONT, 0.5, 1)
     scale = 0.5 * min(1.0, (width - 8) / text_width) if width > 8 else 0.1
-    bar = np.zeros((_BAR_HEIGHT, width, 3), np.uint8)
-    cv2.putText(bar, caption, (4, _BAR_HEIGHT - 7), _FONT, scale, (230, 230, 230), 1, cv2.LINE_AA)
+    bar = np.zeros((CAPTION_HEIGHT, width, 3), np.uint8)
+    cv2.putText(bar, caption, (4, CAPTION_HEIGHT - 7), _FONT, scale, (230, 230, 230), 1, cv2.LINE_AA)
     return np.vstack([bar, picture])

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from kernels import aot, bench, reference
+from kernels import aot, bench
 from kernels.cost import measure, tensor_bytes
 
 ROOT = Path(bench.__file__).resolve().parents[1]
@@ -85,8 +85,8 @@ def test_counts_kernels_and_operations_together_and_stops_counting() -> None:
 
 def test_eager_opponent_computes_what_the_reference_does() -> None:
     for name, make_case in bench.OPERATIONS.items():
-        run = make_case(2, 9, 11, "cpu").run
-        torch.testing.assert_close(run(bench.EAGER), run(reference), msg=name)
+        case = make_case(2, 9, 11, "cpu")
+        torch.testing.assert_close(tuple(case.eager()), tuple(case.plain()), msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,16 @@ def test_losses_of_a_meta_step_reach_the_aims(model: tuple[str, dict[str, bench.
     step = model[1]["losses of a meta step"]
     assert 10 * step.launches <= step.eager_launches
     assert step.bytes <= 1.2 * step.least_bytes
+
+
+@pytest.mark.parametrize("operation", ["transformer_block", "attention_fusion"])
+def test_network_blocks_reach_the_aims(operation: str, model: tuple[str, dict[str, bench.ModelRow]]) -> None:
+    """At most four launches; at most 1.5 times reading and writing the activations of the stream once a launch."""
+    row = model[1][operation]
+    n, h, w = bench.MODEL_SIZE[operation]
+    channels = {"transformer_block": 16, "attention_fusion": 32}[operation]
+    assert row.launches <= 4
+    assert row.bytes <= 1.5 * row.launches * 2 * (2 * channels * n * h * w)
 
 
 def test_total_is_the_sum_of_its_parts(model: tuple[str, dict[str, bench.ModelRow]]) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from refusion.evaluate import (
-    CAPTION_HEIGHT,
     BestAndWorst,
     Table,
     evaluate_pairs,
@@ -20,11 +19,11 @@ from refusion.evaluate import (
     grey_uint8,
     match_fused,
     short_names,
-    side_by_side,
 )
 from refusion.metrics import METRICS, evaluate
 from runtime.errors import InputError
 from runtime.images import read_image, write_image
+from runtime.panel import CAPTION_HEIGHT, side_by_side
 
 HEIGHT, WIDTH = 48, 64
 

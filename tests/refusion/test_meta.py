@@ -172,7 +172,7 @@ distributed.stop()
 def test_meta_gradient_step_on_two_processes_equals_one(
     tmp_path: Path, method: str, optimizer: str, dtype: str
 ) -> None:
-    """In float32 what is compared is the loss-proposal network, as Adam's first step is a sign and magnifies rounding."""
+    """In float32 the loss-proposal network alone is compared: Adam's first step is a sign and magnifies rounding."""
     script = tmp_path / "step.py"
     folder = str(Path(__file__).resolve().parents[2])
     script.write_text(PROCESS.format(folder=folder, method=method, optimizer=optimizer, dtype=dtype))

@@ -35,9 +35,7 @@ def test_official_weights_give_the_authors_outputs(data_dir: Path, task: str) ->
     assert len(outputs) == 2
     with torch.inference_mode():
         for output in outputs:
-            pair = [
-                next((official / "test_cases" / task / side).glob(f"{output.stem}.*")) for side in CASES[task]
-            ]
+            pair = [next((official / "test_cases" / task / side).glob(f"{output.stem}.*")) for side in CASES[task]]
             fused = net(*(torch.from_numpy(official_luma(path)) for path in pair))
             np.testing.assert_allclose(fused[0, 0].numpy(), np.load(output), rtol=0, atol=1e-5)
         random = np.load(official / "outputs" / task / "random_33x47.npz")
