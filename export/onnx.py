@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import tempfile
 import warnings
@@ -68,9 +69,11 @@ def _trace(net: FusionNet) -> onnx.ModelProto:
     example = torch.rand(2, 2, 1, 48, 64).unbind()
     batch, height, width = (torch.export.Dim(name, min=1) for name in ("batch", "height", "width"))
     shape = {0: batch, 2: height, 3: width}
-    # The exporter reports its progress on stdout and warns of its own internals: neither is for our users.
+    # The exporter tells of its own internals on stdout, in warnings and in its log: none of it is for our users.
+    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         program = torch.onnx.export(
             net.eval(),
             example,

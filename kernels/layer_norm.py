@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.stencil import launch_device
+from kernels.stencil import INTERPRETED, launch_device
 
 PIXELS = 64  # of a program
+INTERPRETED_PIXELS = 8192  # the interpreter pays for each operation of a program
 
 _EPS = tl.constexpr(1e-5)  # NORM_EPS of kernels.reference_blocks
 
@@ -43,8 +44,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, operands: torch.dtype) -
     """x: contiguous (N, H, W, C); weight, bias: (C,) float32. Returns (N, H, W, C) in `operands`."""
     n, height, width, channels = x.shape
     y = torch.empty_like(x, dtype=operands)
+    pixels = INTERPRETED_PIXELS if INTERPRETED else PIXELS
     with launch_device(x):
-        layer_norm_kernel[(triton.cdiv(height * width, PIXELS), n)](
-            x, weight, bias, y, height * width, C=channels, PIXELS=PIXELS, num_warps=4
+        layer_norm_kernel[(triton.cdiv(height * width, pixels), n)](
+            x, weight, bias, y, height * width, C=channels, PIXELS=pixels, num_warps=4
         )
     return y

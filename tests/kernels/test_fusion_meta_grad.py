@@ -14,6 +14,9 @@ from kernels import reference
 pytestmark = pytest.mark.usefixtures("with_kernels")
 WEIGHT = 0.3
 SMALL = [(1, 1, 1), (5, 1, 7), (2, 7, 13), (1, 33, 47)]
+CASES = [(torch.float32, shape) for shape in SMALL] + [
+    (dtype, shape) for dtype in (torch.bfloat16, torch.float16) for shape in ((1, 1, 7), (2, 7, 13), (1, 33, 47))
+]
 
 
 def inputs(n: int, h: int, w: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -31,8 +34,7 @@ def compare(tensors: list[Tensor], check: Callable) -> None:
     check(ours, eager, reference.fusion_meta_grad(*[x.double() for x in tensors], WEIGHT))
 
 
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_as_exact_as_eager(
     dtype: torch.dtype, shape: tuple[int, int, int], device: str, as_exact_as_eager: Callable
 ) -> None:
@@ -66,9 +68,9 @@ def test_strips_have_no_seams(device: str) -> None:
     from kernels.fusion_meta_grad import forward
     from kernels.stencil import cut
 
-    tensors = tuple(inputs(2, 7, 13, torch.float64, device))
+    tensors = tuple(inputs(2, 5, 9, torch.float64, device))
     strips = cut(tensors[0], columns=8, rows=3, num_warps=1)
-    assert strips.grid == (2, 3, 2)
+    assert strips.grid == (2, 2, 2)
     ours, _ = forward(tensors, WEIGHT, [False] * 6, strips)
     torch.testing.assert_close(ours, reference.fusion_meta_grad(*tensors, WEIGHT), rtol=1e-13, atol=1e-16)
 

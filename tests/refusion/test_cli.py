@@ -356,3 +356,62 @@ def test_interrupt_ends_quietly(tmp_path, model):
     assert len(written) < 400
     assert all(re.fullmatch(r"\d+\.png", name) for name in written)
     assert all(cv2.imread(str(tmp_path / "out" / name)) is not None for name in written)
+
+
+def test_eval_of_folders_and_of_models_agree(run, tmp_path, model):
+    """Pictures that `fuse` wrote and a model that fuses on the way give one table; files and pictures are written."""
+    for number in range(3):
+        smooth = [cv2.GaussianBlur(random_image((64, 80), 10 * number + side), (0, 0), 3) for side in range(2)]
+        write(tmp_path / f"pairs/a/{number}.png", smooth[0])
+        write(tmp_path / f"pairs/b/{number}.png", smooth[1])
+    assert run("fuse", "pairs/a", "pairs/b", "-o", "out", "--model", model).returncode == 0
+    of_files = run(
+        "eval", "pairs/a", "pairs/b", "out", "--metrics", "Qabf,VIF,SSIM", "--csv", "x.csv", "--json", "x.json"
+    )
+    of_model = run("eval", "--data", "pairs", "--model", model, "--metrics", "Qabf,VIF,SSIM", "--pictures", "pictures")
+    assert (of_files.returncode, of_files.stderr) == (0, "") and of_model.returncode == 0
+    assert of_files.stdout.splitlines()[0] == "metrics in the tdfusion convention, 3 pairs"
+    numbers = [re.findall(r"\d\.\d{4}", done.stdout) for done in (of_files, of_model)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 3
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 4 and (tmp_path / "x.json").stat().st_size > 100
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_eval_of_weights_equals_their_network(run, tmp_path):
+    """Weights become an ONNX model on the way."""
+    pytest.importorskip("onnxscript", reason="needs the extra 'export'")
+    torch = pytest.importorskip("torch", reason="needs the extra 'export'")
+    from refusion.model import FusionNet
+    from refusion.weights import save_weights
+
+    for side in range(2):
+        write(tmp_path / f"pairs/{'ab'[side]}/x.png", cv2.GaussianBlur(random_image((64, 80), side), (0, 0), 3))
+    torch.manual_seed(0)
+    save_weights(tmp_path / "net.safetensors", FusionNet().state_dict(), {"task": "ivif"})
+    done = run("eval", "--data", "pairs", "--model", "net.safetensors", "--metrics", "SSIM")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"net\.safetensors\s+0\.\d{4}", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("eval",), "give either A B FUSED, or --data DIR and --model M"),
+        (("eval", "a", "b"), "give either A B FUSED"),
+        (("eval", "a", "b", "absent"), "absent"),
+        (("eval", "--data", "absent", "--model", "ivif.onnx"), "ivif.onnx"),
+        (("eval", "a", "b", "a", "--metrics", "XYZ"), "XYZ"),
+        (("eval", "a", "b", "a", "--convention", "mine"), "mine"),
+        (("eval", "a", "b", "a", "--limit", "0"), "limit of 0"),
+        (("train", "--epochs", "0"), "'epochs' is 0"),
+        (("train", "--config", "absent.toml"), "absent.toml"),
+        (("train",), "give --data DIR"),
+        (("train", "--wrong-flag", "1"), "--wrong-flag"),
+    ],
+)
+def test_wrong_eval_and_train_are_one_line(run, tmp_path, folders, arguments, words):
+    before = files(tmp_path)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    assert done.stdout == "" and files(tmp_path) == before
