@@ -59,7 +59,7 @@ TILES = {
 }
 # The interpreter pays for each operation of a program: it gets few, large ones.
 INTERPRETED_TILE = Tile(64, 128, 1)
-SMALL_INTERPRETED_TILE = Tile(16, 32, 1)
+SMALL_INTERPRETED_TILE = Tile(16, 64, 1)
 INTERPRETED_PROGRAMS = 3
 
 

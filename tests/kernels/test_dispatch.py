@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def operation(request: pytest.FixtureRequest, device: str) -> tuple[Callable, Ca
     return make(kernels), make(reference), inputs, directions
 
 
-def close(ours: object, exact: object) -> None:
+def close(ours: Any, exact: Any) -> None:
     torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-14)
     leaves = exact if isinstance(exact, (tuple, list)) else [exact]
     assert any((x != 0).any() for x in leaves)  # nothing is silently zero
@@ -82,9 +83,7 @@ def test_cuda_tensors_go_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert kernels.backend_for(torch.ones(1, device="cuda")) == "triton"
 
 
-def test_forced_backend_is_taken_and_told(
-    with_kernels: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forced_backend_is_taken_and_told(with_kernels: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.reconstruction_loss(*images(4, device))
     kernels.max_normalized_update(images(1, device), images(1, device), 0.1)
     assert {kernels.chosen()[name] for name in ("reconstruction_loss", "max_normalized_update")} == {with_kernels}
@@ -128,7 +127,9 @@ kernels.reconstruction_loss(*x)
 
 def test_interpreter_is_turned_on_by_the_environment_alone() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    code = "import torch, kernels; print(kernels.reconstruction_loss(*torch.rand(4, 1, 1, 3, 3)).item(), kernels.chosen())"
+    code = (
+        "import torch, kernels; print(kernels.reconstruction_loss(*torch.rand(4, 1, 1, 3, 3)).item(), kernels.chosen())"
+    )
     done = python(code, REFUSION_KERNELS="interpret")
     assert "{'reconstruction_loss': 'interpret'}" in done.stdout, done.stderr
 
@@ -166,7 +167,9 @@ def test_wrong_inputs_name_what_was_got_and_expected(
         kernels.fusion_loss(fused[0], a, b, w, v)
     with pytest.raises(ValueError, match=r"fused has shape \(0, 1, 4, 5\); expected \(N, 1, H, W\), none of them 0"):
         kernels.fusion_loss(fused[:0], a[:0], b[:0], w[:0], v[:0])
-    with pytest.raises(ValueError, match=r"reconstruction_loss: a_hat has shape \(1, 1, 3, 5\); expected \(1, 1, 4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"reconstruction_loss: a_hat has shape \(1, 1, 3, 5\); expected \(1, 1, 4, 5\)"
+    ):
         kernels.reconstruction_loss(a, b, fused[:, :, 1:], b)
     with pytest.raises(TypeError, match=r"fusion_meta_grad: tangent is torch.int64; expected float16, bfloat16"):
         kernels.fusion_meta_grad(fused, a, b, w, v, fused.long(), 1.0)
@@ -183,11 +186,11 @@ pytestmark_transforms = pytest.mark.usefixtures("with_kernels")
 def test_forward_mode(operation: tuple) -> None:
     ours, exact, inputs, directions = operation
 
-    def along(function: Callable) -> object:
-        return torch.func.jvp(function, tuple(inputs), tuple(directions))
-
-    close(along(ours), along(exact))
-    close(along(ours)[1], along(exact)[1])  # the tangents alone: they are not zero
+    (value, tangent), (exact_value, exact_tangent) = (
+        torch.func.jvp(function, tuple(inputs), tuple(directions)) for function in (ours, exact)
+    )
+    close(value, exact_value)
+    close(tangent, exact_tangent)
 
 
 @pytestmark_transforms
@@ -196,7 +199,9 @@ def test_dual_tensors_that_also_need_a_gradient(operation: tuple) -> None:
 
     def along(function: Callable) -> list[Tensor]:
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(x.clone().requires_grad_(), d) for x, d in zip(inputs, directions, strict=True)]
+            duals = [
+                forward_ad.make_dual(x.clone().requires_grad_(), d) for x, d in zip(inputs, directions, strict=True)
+            ]
             return [forward_ad.unpack_dual(y).tangent for y in function(*duals)]
 
     close(along(ours), along(exact))
@@ -206,7 +211,7 @@ def test_dual_tensors_that_also_need_a_gradient(operation: tuple) -> None:
 def test_forward_mode_in_one_input_alone(operation: tuple) -> None:
     ours, exact, (first, *rest), (direction, *_) = operation
 
-    def along(function: Callable) -> object:
+    def along(function: Callable) -> Any:
         return torch.func.jvp(lambda x: function(x, *rest), (first,), (direction,))[1]
 
     close(along(ours), along(exact))
@@ -219,11 +224,11 @@ def test_both_modes_nested(operation: tuple) -> None:
     def scalar(function: Callable) -> Callable[..., Tensor]:
         return lambda *x: sum(y.square().sum() for y in function(*x))
 
-    def forward_over_reverse(function: Callable) -> object:
+    def forward_over_reverse(function: Callable) -> Any:
         gradient = torch.func.grad(scalar(function), argnums=tuple(range(len(inputs))))
         return torch.func.jvp(gradient, tuple(inputs), tuple(directions))[1]
 
-    def reverse_over_forward(function: Callable) -> object:
+    def reverse_over_forward(function: Callable) -> Any:
         def slope(*x: Tensor) -> Tensor:
             return torch.func.jvp(scalar(function), x, tuple(directions))[1]
 
@@ -249,7 +254,7 @@ def test_compiled_in_one_graph_with_its_backward(operation: tuple) -> None:
 def test_tangent_inside_a_compiled_function(operation: tuple) -> None:
     ours, exact, inputs, directions = operation
 
-    def along(function: Callable) -> Callable[..., object]:
+    def along(function: Callable) -> Callable[..., Any]:
         return lambda x, d: torch.func.jvp(function, tuple(x), tuple(d))[1]
 
     compiled = torch.compile(along(ours), fullgraph=True, backend="aot_eager")
@@ -277,8 +282,8 @@ def test_double_backward_inside_a_compiled_function(device: str) -> None:
     w, v = maps(device)
     leaves = (fused.requires_grad_(), w.requires_grad_())
 
-    def twice(fused: Tensor, w: Tensor, library: object) -> Tensor:
-        intensity, gradient = library.fusion_loss(fused, a, b, w, v)  # type: ignore[attr-defined]
+    def twice(fused: Tensor, w: Tensor, library: Any) -> Tensor:
+        intensity, gradient = library.fusion_loss(fused, a, b, w, v)
         (first,) = torch.autograd.grad(intensity + 0.3 * gradient, fused, create_graph=True)
         return torch.autograd.grad(first.square().sum() * 1e3, w)[0]
 
@@ -297,16 +302,16 @@ def test_meta_step_is_the_same_with_kernels(method: str, device: str, monkeypatc
     fusion, proposal, outer = (m.to(device).double() for m in (FusionNet(8), LossProposalNet(8), ReconstructionLoss(8)))
     batches = [exchange(*torch.rand(2, 1, 1, 9, 8, dtype=torch.float64, device=device)) for _ in range(2)]
 
-    def step() -> object:
-        return meta_step(fusion, proposal, outer, *batches, gradient_weight=0.3, lr=1e-2, method=method)  # type: ignore[arg-type]
+    def step() -> Any:
+        return meta_step(fusion, proposal, outer, *batches, gradient_weight=0.3, lr=1e-2, method=method)
 
     ours = step()
     assert kernels.chosen()["fusion_loss"] != "reference"
     monkeypatch.setenv("REFUSION_KERNELS", "reference")
     exact = step()
-    torch.testing.assert_close(ours.gradients, exact.gradients, rtol=1e-8, atol=1e-14)  # type: ignore[attr-defined]
-    torch.testing.assert_close(ours.inner_loss, exact.inner_loss, rtol=1e-12, atol=0)  # type: ignore[attr-defined]
-    torch.testing.assert_close(ours.outer_loss, exact.outer_loss, rtol=1e-12, atol=0)  # type: ignore[attr-defined]
+    torch.testing.assert_close(ours.gradients, exact.gradients, rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(ours.inner_loss, exact.inner_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.outer_loss, exact.outer_loss, rtol=1e-12, atol=0)
 
 
 @pytestmark_transforms

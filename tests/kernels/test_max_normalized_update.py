@@ -137,7 +137,7 @@ def test_wrong_shapes(parameters: list, gradients: list, error: type, message: s
 
 def test_wrong_types(device: str) -> None:
     x = torch.ones(3, device=device)
-    with pytest.raises(TypeError, match="gradient 0 is torch.int64; expected float16"):
+    with pytest.raises(TypeError, match=r"gradient 0 is torch.int64; expected float16"):
         kernels.max_normalized_update([x], [x.long()], 0.1)
     with pytest.raises(TypeError, match=r"parameter 1 is torch.float64; expected torch.float32, as parameter 0"):
         kernels.max_normalized_update([x, x.double()], [x, x], 0.1)
