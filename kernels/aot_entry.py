@@ -18,7 +18,8 @@ class AotEntry:
         signature: Type of each argument that is no constexpr, in Triton's words: {"F_ptr": "*fp32", "H": "i32"}.
         constexprs: Value of each constexpr argument.
         num_warps: Warps of a program.
-        divisible_by_16: Names of the arguments that the launch guarantees to be multiples of 16 (pointers: aligned).
+        divisible_by_16: Names of the arguments that Triton finds to be multiples of 16 at the launch: pointers to fresh
+            tensors are, integers may be unless the kernel is not specialised on them.
         bytes_algorithm: Bytes a pixel that any implementation of the operation must move: each input read once, each
             output written once.
         bytes_kernel: Bytes a pixel that this launch moves between DRAM and the chip, halos and scratch included.
@@ -26,7 +27,7 @@ class AotEntry:
         launches: Launches of ours for the operation.
         min_occupancy: Share of an SM's warps that must fit, 0 to 1.
         max_registers: Ceiling of the registers a thread.
-        num_stages: Software pipelining stages.
+        num_stages: Software pipelining stages. The launch must pass the same number: Triton's own default is 3.
     """
 
     name: str

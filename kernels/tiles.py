@@ -7,8 +7,7 @@ what hangs over the edge is masked, so every H and W from 1 up goes.
 A 1x1 convolution and the depthwise 3x3 one after it, both without bias, are one dense 3x3 convolution
     dense[tap, c, o] = depthwise[o, tap] pointwise[o, c]
 whose zero padding is that of the depthwise one. It takes five to nine times the multiplications, but as nine matrix
-products on the tensor cores without any exchange between neighbouring pixels or intermediate image: 11 to 37 warp
-instructions a pixel against 115 to 130 with neighbours exchanged between threads (counted in compiled code for sm_87).
+products on the tensor cores, without an intermediate image and without any exchange between neighbouring pixels.
 
 Operands are float16 or float32, as the folded weights are; sums are float32. float16 is for speed on every type of
 features. float32 operands are multiplied exactly, without the tensor cores ("ieee", not TF32): for comparison, not for
@@ -23,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels.stencil import INTERPRETED
 
@@ -93,7 +93,7 @@ def features(name: str, x: Tensor, channels: int, operands: torch.dtype, device:
 
     Raises:
         ValueError, TypeError: with what was got and what was expected.
-        RuntimeError: the features require a gradient, which these kernels don't have.
+        RuntimeError: the features require a gradient or carry a tangent, which these kernels don't have.
     """
     if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (N, {channels}, H, W), none of them 0")
@@ -109,6 +109,8 @@ def features(name: str, x: Tensor, channels: int, operands: torch.dtype, device:
         raise ValueError(f"{name} has a batch of {x.shape[0]}; expected at most 65535")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} requires a gradient, which the kernel has not: call it under torch.no_grad()")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name} carries a tangent or torch.func transform, which would be lost: use the reference")
     return x.detach().permute(0, 2, 3, 1).contiguous()
 
 

@@ -11,9 +11,12 @@
 
 Bytes a pixel at 16 channels in float16, where one activation (x or a) is 32: 32 + 128 + 128 = 288 for a block within a
 chain, 1.5 times what three launches would take to read and write x once each; 320 for a block that stands alone, 1.25
-times for its four launches. Writing a costs 64 a launch; the other way, layer norms recomputed at the nine taps, costs
-more instructions (102 against 35 a pixel) than the bytes are worth. Plain PyTorch
-(`kernels.reference_blocks`) takes 29 launches and 2570 bytes.
+times for its four launches. Writing and reading a costs 64 of each launch's 128; computing the layer norm anew at each
+of the nine taps would cost more instructions than these bytes are worth. Plain PyTorch (`kernels.reference_blocks`)
+takes 29 launches and 2570 bytes.
+
+Warp instructions a pixel in the code for sm_87, at 16 channels in float16: layer_norm 8, gram 23, attention 18 (and 763
+a program), gated_feed_forward 55; at 32 channels 13, 55, 44 and 137.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class SegmentationLoss(OuterLoss):
     sources could be amplified back.
     """
 
-    def __init__(self, noise: float = 0.1, channels: int = 8):
+    def __init__(self, noise: float = 0.2, channels: int = 8):
         super().__init__()
         self.noise = noise
         self.network = nn.Sequential(
@@ -83,10 +83,10 @@ class TargetsAndClutter:
         for _ in range(rng.integers(1, 4)):
             (cy, cx), radius = rng.uniform(4, SIZE - 4, 2), rng.uniform(2, 5)
             mask |= (y - cy) ** 2 + (x - cx) ** 2 < radius**2
-        targets = 0.3 + 0.35 * mask + 0.05 * rng.standard_normal(mask.shape)
+        targets = 0.3 + 0.6 * mask + 0.05 * rng.standard_normal(mask.shape)
         angle, phase, period = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(4, 9)
         stripes = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + phase)
-        clutter = 0.45 + 0.3 * stripes + 0.05 * rng.standard_normal(mask.shape)
+        clutter = 0.15 + 0.12 * stripes + 0.05 * rng.standard_normal(mask.shape)
         pair = [image.clip(0, 1).astype(np.float32) for image in (targets, clutter)]
         if not self.a_shows_targets(epoch, stage, position):
             pair.reverse()

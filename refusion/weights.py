@@ -53,6 +53,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=text)
+        os.chmod(temporary, 0o644)  # mkstemp made it private
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

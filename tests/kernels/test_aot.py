@@ -53,6 +53,51 @@ def aot_entries():
     ]
 """
 
+# Runs the benchmark's cases as a GPU would be given them and stops each launch where Triton would compile: a driver
+# that only names a target takes the GPU's place. Prints the launches that no entry compiles ahead of time.
+LAUNCHES = """
+import contextlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from kernels import aot, bench, dispatch
+
+class NamesTarget:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 87, 32))
+
+def variant(kernel, signature, constexprs, num_warps, num_stages, aligned):
+    types = [f"{n}={constexprs[n]}" if n in constexprs else f"{n}: {signature[n]}" for n in kernel.arg_names]
+    settings = f"num_warps={num_warps} num_stages={num_stages} aligned: {' '.join(sorted(aligned))}"
+    return f"{kernel.__name__}({', '.join(types)}) {settings}"
+
+compiled = {
+    variant(e.kernel, e.signature, e.constexprs, e.num_warps, e.num_stages, e.divisible_by_16) for e in aot.entries()
+}
+launched = set()
+
+def note(*, fn, compile, **rest):
+    kernel = fn.jit_function
+    names = kernel.arg_names
+    constexprs = {names[path[0]]: value for path, value in compile["constants"].items()}
+    aligned = [names[path[0]] for path, attributes in compile["configs"][0].items() if attributes]
+    launched.add(
+        variant(kernel, compile["signature"], constexprs, compile["num_warps"], compile["num_stages"], aligned)
+    )
+    return True  # do not compile, do not launch
+
+driver.set_active(NamesTarget())
+triton.knobs.runtime.jit_cache_hook = note
+dispatch.backend_for = lambda tensor: "triton"
+for module in [m for name, m in sys.modules.items() if name.startswith("kernels.") and hasattr(m, "launch_device")]:
+    module.launch_device = lambda tensor: contextlib.nullcontext()
+for make_case in bench.OPERATIONS.values():
+    for size in ((4, 128, 128), (1, 33, 48)):
+        make_case(*size, "cpu").ours()
+print(json.dumps({"launched": sorted(launched), "missing": sorted(launched - compiled)}))
+"""
+
 
 def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a process of its own, as this one interprets kernels and so can't compile them."""
@@ -64,7 +109,7 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def compile_all(
-    folder: Path, *targets: str, before: str = ""
+    folder: Path, *targets: str, before: str = "pass"
 ) -> tuple[subprocess.CompletedProcess[str], dict[tuple[str, str], dict]]:
     """The finished command and its figures by kernel and target."""
     path = folder / "aot.json"
@@ -171,6 +216,14 @@ def test_every_kernel_keeps_its_ceilings(compiled: tuple[subprocess.CompletedPro
     done, kernels = compiled
     assert done.returncode == 0, done.stderr
     assert {name.partition("/")[0] for name, _ in kernels} == {name.rpartition(".")[2] for name in aot.MODULES}
+
+
+def test_every_launch_is_compiled_ahead_of_time(tmp_path: Path) -> None:
+    done = run(LAUNCHES, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["launched"]) > len(aot.MODULES)
+    assert not found["missing"], "\n".join(found["missing"])
 
 
 def test_no_kernel_spills(compiled: tuple[subprocess.CompletedProcess[str], dict]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from kernels import aot, bench
-from kernels.cost import measure, tensor_bytes
+from kernels import aot, bench, stencil
+from kernels.cost import SECTOR, measure, tensor_bytes
 
 ROOT = Path(bench.__file__).resolve().parents[1]
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts interpreted kernels")
@@ -63,12 +64,12 @@ def _blur(X_ptr, Y_ptr, n, BLOCK: tl.constexpr):
 
 @interpreted
 def test_counts_an_interpreted_kernel_with_its_halos() -> None:
-    x, y = torch.rand(100), torch.empty(100)
-    cost = measure(lambda: _blur[(4,)](x, y, 100, BLOCK=32))
+    x, y = torch.rand(96), torch.empty(96)
+    cost = measure(lambda: _blur[(3,)](x, y, 96, BLOCK=32))
     assert torch.equal(y[:-1], x[:-1] + x[1:])
     assert (cost.launches, cost.names) == (1, ["_blur"])
-    assert cost.bytes == 800  # each address once, though most are loaded twice
-    assert cost.program_bytes == 800 + 3 * 4  # three of four programs read one element of the next
+    assert cost.bytes == 2 * 96 * 4  # each sector once, though most elements are loaded twice
+    assert cost.program_bytes == 2 * 96 * 4 + 2 * SECTOR  # two of three programs read a sector of the next
 
 
 @interpreted
@@ -111,6 +112,25 @@ def test_losses_of_a_meta_step_reach_the_aims(model: tuple[str, dict[str, bench.
     step = model[1]["losses of a meta step"]
     assert 10 * step.launches <= step.eager_launches
     assert step.bytes <= 1.2 * step.least_bytes
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("operation", "channels", "entry"),
+    [
+        ("fusion_loss", (1, 1, 1, 2, 2), "loss and derivative/fp32"),
+        ("fusion_meta_grad", (1, 1, 1, 2, 2, 1), "fp32"),
+        ("reconstruction_loss", (1, 1, 1, 1), "loss and derivatives/fp32"),
+    ],
+)
+def test_halos_of_the_strips_on_a_gpu_are_as_claimed(operation: str, channels: tuple[int, ...], entry: str) -> None:
+    """Two strips by two: each has a halo on two of its four sides, so about half of the model's halo is moved."""
+    module = importlib.import_module(f"kernels.{operation}")
+    claim = {e.name: e for e in module.aot_entries()}[f"{operation}/{entry}"]
+    inputs = [torch.rand(1, c, 2 * stencil.MOST_ROWS, 256) for c in channels]
+    cut = stencil.cut(inputs[0], columns=128, rows=stencil.MOST_ROWS, num_warps=4)
+    moved = measure(lambda: module.forward(inputs, 0.5, [True] * len(inputs), cut)).program_bytes / inputs[0].numel()
+    assert 0.45 <= (moved - claim.bytes_algorithm) / (claim.bytes_kernel - claim.bytes_algorithm) <= 0.6
 
 
 @pytest.mark.parametrize("operation", ["transformer_block", "attention_fusion"])

@@ -62,7 +62,7 @@ def test_loss_alone(shape: tuple[int, int, int], device: str, as_exact_as_eager:
 @pytest.mark.parametrize("hint", [None, WEIGHT, 0.7], ids=["no hint", "hint", "wrong hint"])
 @pytest.mark.parametrize("differentiated", [(0,), (0, 3, 4), (3,), (0, 1, 2, 3, 4), (1,)], ids=str)
 def test_every_gradient_in_float64(differentiated: tuple[int, ...], hint: float | None, device: str) -> None:
-    tensors = inputs(2, 7, 13, torch.float64, device)
+    tensors = inputs(2, 3, 6, torch.float64, device)
     ours = run(kernels.fusion_loss, tensors, differentiated, hint)
     exact = run(reference.fusion_loss, tensors, differentiated, None)
     torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-16)
@@ -99,7 +99,7 @@ def test_second_derivatives(hint: float | None, device: str) -> None:
 
 
 def test_a_second_backward_leaves_the_first_result_alone(device: str) -> None:
-    fused, *others = inputs(1, 7, 13, torch.float64, device)
+    fused, *others = inputs(1, 3, 6, torch.float64, device)
     fused.requires_grad_()
     intensity, gradient = kernels.fusion_loss(fused, *others, WEIGHT)
     cotangents = [torch.full_like(intensity, x) for x in (1.0, WEIGHT, 2.0, 5.0)]
@@ -132,10 +132,10 @@ def test_strips_have_no_seams_and_sums_no_random_order(device: str) -> None:
     from kernels.fusion_loss import backward, forward
     from kernels.stencil import cut
 
-    tensors = tuple(inputs(2, 5, 9, torch.float64, device))
+    tensors = tuple(inputs(1, 5, 9, torch.float64, device))
     exact = run(reference.fusion_loss, list(tensors), (0, 3, 4), None)
     strips = cut(tensors[0], columns=8, rows=3, num_warps=1)
-    assert strips.grid == (2, 2, 2)
+    assert strips.grid == (2, 2, 1)
     wanted = (True, False, False, False, False)
     terms, kept = forward(tensors, WEIGHT, wanted, strips)
     torch.testing.assert_close([*terms, *kept], exact[:3], rtol=1e-13, atol=1e-16)

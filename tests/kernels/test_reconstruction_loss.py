@@ -59,7 +59,7 @@ def test_loss_alone(shape: tuple[int, int, int], device: str, as_exact_as_eager:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("differentiated", [(2, 3), (2,), (3,), (0, 1, 2, 3), (0,)], ids=str)
 def test_every_gradient_in_float64(differentiated: tuple[int, ...], scale: float, device: str) -> None:
-    tensors = inputs(2, 7, 13, torch.float64, device)
+    tensors = inputs(2, 3, 6, torch.float64, device)
     ours = run(kernels.reconstruction_loss, tensors, differentiated, scale)
     exact = run(reference.reconstruction_loss, tensors, differentiated, scale)
     torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-16)
@@ -80,7 +80,7 @@ def test_second_derivatives(device: str) -> None:
 
 
 def test_a_second_backward_leaves_the_first_result_alone(device: str) -> None:
-    a, b, a_hat, b_hat = inputs(1, 7, 13, torch.float64, device)
+    a, b, a_hat, b_hat = inputs(1, 3, 6, torch.float64, device)
     images = (a_hat.requires_grad_(), b_hat.requires_grad_())
     loss = kernels.reconstruction_loss(a, b, *images)
     first = torch.autograd.grad(loss, images, retain_graph=True)
@@ -94,10 +94,10 @@ def test_strips_have_no_seams_and_sums_no_random_order(device: str) -> None:
     from kernels.reconstruction_loss import backward, forward
     from kernels.stencil import cut
 
-    tensors = tuple(inputs(2, 5, 9, torch.float64, device))
+    tensors = tuple(inputs(1, 5, 9, torch.float64, device))
     exact = run(reference.reconstruction_loss, list(tensors), (2, 3))
     strips = cut(tensors[0], columns=8, rows=3, num_warps=1)
-    assert strips.grid == (2, 2, 2)
+    assert strips.grid == (2, 2, 1)
     needs = (False, False, True, True)
     (loss,), kept = forward(tensors, None, needs, strips)
     torch.testing.assert_close([loss, *kept], exact, rtol=1e-13, atol=1e-16)

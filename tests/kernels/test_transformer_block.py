@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton
@@ -234,6 +235,15 @@ def test_gradients_are_refused_and_not_silently_lost(device: str) -> None:
         run(x, block)
     with torch.no_grad():
         assert not run(x, block).requires_grad
+
+
+def test_tangents_are_refused_and_not_silently_zero(device: str) -> None:
+    block = random_block(16, 15, torch.float32, device)
+    x = features((1, 16, 4, 4), torch.float32, device)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="x carries a tangent"):
+        torch.func.jvp(lambda x: run(x, block), (x,), (x,))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="x carries a tangent"):
+        run(forward_ad.make_dual(x, x), block)
 
 
 def test_bad_weights_are_named() -> None:
