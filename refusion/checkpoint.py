@@ -29,7 +29,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Write networks, optimizers, position (it gives the schedule), accumulated gradients and random states of a run."""
+    """Write networks, optimizers, position (it gives the schedule), accumulated gradients and random states."""
     state = {
         "settings": _settings(trainer),
         "networks": {name: net.state_dict() for name, net in trainer.networks.items()},
