@@ -280,6 +280,4 @@ def _attention_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> Ao
 
 def _feed_forward_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> AotEntry:
     launches = (eager_launches(x), LAUNCHES)
-    return feed_forward_entry(
-        "attention_fusion/feed_forward", 2 * channels, x, operands, with_norm=False, launches=launches
-    )
+    return feed_forward_entry("attention_fusion/feed_forward", 2 * channels, x, operands, (False, False), launches)

@@ -257,10 +257,12 @@ def _size_name(size: tuple[int, int, int]) -> str:
     return "x".join(map(str, size))
 
 
-def model() -> list[ModelRow]:
-    """All operations, and the losses of one meta step together."""
-    rows = [model_row(name) for name in tqdm(OPERATIONS, desc="count", file=sys.stderr, disable=None)]
+def model(operations: Sequence[str]) -> list[ModelRow]:
+    """These operations, and the losses of one meta step together where they are all among them."""
+    rows = [model_row(name) for name in tqdm(operations, desc="count", file=sys.stderr, disable=None)]
     step = [row for row in rows if row.operation in META_STEP]
+    if len(step) < len(META_STEP):
+        return rows
     return [*rows, ModelRow.total("losses of a meta step", step, [META_STEP[row.operation] for row in step])]
 
 
@@ -400,8 +402,15 @@ def environment() -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m kernels.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", action="store_true", help="count launches and bytes, on a machine with a GPU too")
-    parser.add_argument("--write-docs", action="store_true", help="with --model: put the table into docs/kernels.md")
-    parser.add_argument("--operation", nargs="+", default=list(OPERATIONS), choices=list(OPERATIONS))
+    parser.add_argument("--write-docs", action="store_true", help="put the model's table into docs/kernels.md")
+    parser.add_argument(
+        "--operation",
+        nargs="+",
+        default=list(OPERATIONS),
+        choices=list(OPERATIONS),
+        metavar="NAME",
+        help=f"default: all, which are {', '.join(OPERATIONS)}",
+    )
     parser.add_argument("--repeats", type=int, default=200, help="timed calls of each (default 200)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser
@@ -409,12 +418,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 where the model can't be counted, as Triton is not installed."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.write_docs and options.operation != list(OPERATIONS):
+        parser.error("--write-docs writes the table of all operations: leave --operation out")
+    if options.repeats < 2:
+        parser.error(f"--repeats is {options.repeats}; the spread needs at least 2")
+    options.model |= options.write_docs
     if not torch.cuda.is_available() and not options.model:
         print("No GPU here, so nothing is timed. Launches and bytes, counted on the CPU:", flush=True)
         options.model = True
     if options.model:
-        return _main_model(options)
+        return _main_model(options, sys.argv[1:] if argv is None else argv)
     print(" ".join(f"{key}={value}" for key, value in environment().items()))
     copy = copy_bandwidth(options.repeats)
     print(f"copy of 256 MiB: {copy / 1e9:.0f} GB/s; GB/s below: the least bytes of the operation by its time")
@@ -429,19 +444,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _main_model(options: argparse.Namespace) -> int:
+def _main_model(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if importlib.util.find_spec("triton") is None:
         print("Counting the kernels' launches needs Triton's interpreter: pip install triton (Linux)", file=sys.stderr)
         return 2
     if any(os.environ.get(name) != value for name, value in _INTERPRET.items()):
         # Triton chooses between compiler and interpreter when it is imported: start anew with the interpreter.
-        arguments = [
-            *(["--write-docs"] if options.write_docs else []),
-            *(["--json", options.json] if options.json else []),
-        ]
-        command = [sys.executable, "-m", "kernels.bench", "--model", *arguments]
+        command = [sys.executable, "-m", "kernels.bench", "--model", *argv]
         return subprocess.run(command, env=os.environ | _INTERPRET, check=False).returncode
-    rows = model()
+    rows = model(options.operation)
     table = model_table(rows)
     print(table)
     if options.write_docs:

@@ -161,6 +161,7 @@ ENTRY_TYPES = (
 )
 MIN_OCCUPANCY = 0.25
 LAUNCHES = 4  # of a block that stands alone
+_NAME = "transformer_block"
 
 
 def max_registers(num_warps: int) -> int:
@@ -187,19 +188,15 @@ def aot_entries() -> list[AotEntry]:
     """All launches of a transformer block. Bytes: each address counts once a launch, as halos meet in the L2 cache."""
     entries = []
     for channels in CHANNELS:
+        entries += [_gram_entry(channels, operands) for operands in (torch.float16, torch.float32)]
         for types in ENTRY_TYPES:
+            launches = (eager_launches(types[0]), LAUNCHES)
             entries += [
                 _layer_norm_entry(channels, *types),
                 _attention_entry(channels, *types),
-                feed_forward_entry(
-                    "transformer_block/feed_forward",
-                    channels,
-                    *types,
-                    with_norm=True,
-                    launches=(eager_launches(types[0]), LAUNCHES),
-                ),
+                feed_forward_entry(f"{_NAME}/feed_forward", channels, *types, (True, True), launches),
+                feed_forward_entry(f"{_NAME}/last_feed_forward", channels, *types, (True, False), launches),
             ]
-        entries += [_gram_entry(channels, operands) for operands in (torch.float16, torch.float32)]
     return entries
 
 
@@ -207,7 +204,7 @@ def _layer_norm_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> A
     signature = {"x_ptr": POINTERS[x], "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": POINTERS[operands]}
     moved = entry_bytes(channels, x, operands, 1, 1)
     return AotEntry(
-        name=entry_name("transformer_block/layer_norm", channels, x, operands),
+        name=entry_name(f"{_NAME}/layer_norm", channels, x, operands),
         kernel=layer_norm_kernel,
         signature=signature | {"pixels": "i32"},
         constexprs={"C": channels, "PIXELS": PIXELS},
@@ -251,7 +248,7 @@ def tile_entry(
 
 def _gram_entry(channels: int, operands: torch.dtype) -> AotEntry:
     return tile_entry(
-        entry_name("transformer_block/gram", channels, operands, operands),
+        entry_name(f"{_NAME}/gram", channels, operands, operands),
         gram_kernel,
         {"a_ptr": POINTERS[operands], "qk_ptr": POINTERS[operands], "partial_ptr": "*fp32"},
         ("H", "W", "tiles"),
@@ -266,7 +263,7 @@ def _attention_entry(channels: int, x: torch.dtype, operands: torch.dtype) -> Ao
     wide = ("partial_ptr", "temperature_ptr", "projection_ptr", "norm_weight_ptr", "norm_bias_ptr")
     pointers = dict.fromkeys(("a_ptr", "v_ptr", "normalised_ptr"), POINTERS[operands])
     return tile_entry(
-        entry_name("transformer_block/attention", channels, x, operands),
+        entry_name(f"{_NAME}/attention", channels, x, operands),
         attention_kernel,
         pointers | dict.fromkeys(("x_ptr", "y_ptr"), POINTERS[x]) | dict.fromkeys(wide, "*fp32"),
         ("H", "W", "tiles", "partials"),
@@ -282,23 +279,23 @@ def feed_forward_entry(
     channels: int,
     x: torch.dtype,
     operands: torch.dtype,
-    with_norm: bool,
+    normalised: tuple[bool, bool],
     launches: tuple[int, int],
 ) -> AotEntry:
-    """The feed-forward of a block, or, without a layer norm, of the attention fusion module, where x is `a` as well."""
-    pointers = {"x_ptr": POINTERS[x], "y_ptr": POINTERS[x]}
+    """normalised: whether `a` is a layer norm, and not x itself; and whether the next layer norm is written."""
+    of_norm, to_norm = normalised
+    pointers = {"a_ptr": POINTERS[operands if of_norm else x], "x_ptr": POINTERS[x], "y_ptr": POINTERS[x]}
     pointers |= dict.fromkeys(("expand_ptr", "output_ptr"), POINTERS[operands])
-    pointers["a_ptr"] = POINTERS[operands if with_norm else x]
     norm = ("norm_weight_ptr", "norm_bias_ptr", "normalised_ptr")
-    if with_norm:
+    if to_norm:
         pointers |= dict(zip(norm, ("*fp32", "*fp32", POINTERS[operands]), strict=True))
     return tile_entry(
         entry_name(operation, channels, x, operands),
         feed_forward_kernel,
         pointers,
         ("H", "W", "chunks"),
-        {"C": channels, "CHUNK": CHUNK} | ({} if with_norm else dict.fromkeys(norm)),
+        {"C": channels, "CHUNK": CHUNK} | ({} if to_norm else dict.fromkeys(norm)),
         compiled_tile("feed_forward", channels, x, operands),
-        entry_bytes(channels, x, operands, 2, 2 if with_norm else 0),
+        entry_bytes(channels, x, operands, 2, of_norm + to_norm),
         launches,
     )

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from kernels import gradient
+from kernels import backend_for, gradient
 
 HEADS = 8
 
@@ -168,6 +170,16 @@ def _encoder(channels: int) -> nn.Sequential:
     return nn.Sequential(TransformerBlock(channels), TransformerBlock(channels))
 
 
+def _kernels_take(x: Tensor) -> bool:
+    """Whether the block kernels run: in the half types, where kernels are chosen and nothing is differentiated.
+
+    float32 stays in float32: the kernels' tensor-core operands are float16. A tangent of forward mode would be lost.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level < 0 and backend_for(x) != "reference"
+
+
 class FusionNet(_Network):
     """The fusion network, the only one that is deployed. 59,856 parameters at 16 channels.
 
@@ -182,9 +194,15 @@ class FusionNet(_Network):
         self.decoder = _encoder(2 * channels)
         self.reduce = conv3x3(2 * channels, channels)
         self.output = conv3x3(channels, 1)
+        self._folded_weights: tuple[Any, tuple[Any, ...]] | None = None
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         x1, x2 = self._stem(self.stem1, a), self._stem(self.stem2, b)
+        x = self._blocks_in_kernels(x1, x2) if _kernels_take(x1) else self._blocks(x1, x2)
+        x = F.leaky_relu(self.reduce(x), 0.01)
+        return self.output(x).sigmoid()
+
+    def _blocks(self, x1: Tensor, x2: Tensor) -> Tensor:
         for block in self.encoder1:
             x1 = self._run(block, x1)
         for block in self.encoder2:
@@ -192,8 +210,31 @@ class FusionNet(_Network):
         x = self._run(self.fusion, x1, x2)
         for block in self.decoder:
             x = self._run(block, x)
-        x = F.leaky_relu(self.reduce(x), 0.01)
-        return self.output(x).sigmoid()
+        return x
+
+    def _blocks_in_kernels(self, x1: Tensor, x2: Tensor) -> Tensor:
+        from kernels.attention_fusion import attention_fusion
+        from kernels.transformer_block import transformer_blocks
+
+        encoder1, encoder2, fusion, decoder = self._folded()
+        x = attention_fusion(transformer_blocks(x1, encoder1), transformer_blocks(x2, encoder2), fusion)
+        return transformer_blocks(x, decoder)
+
+    def _folded(self) -> tuple[Any, ...]:
+        """The blocks' weights as the kernels read them, folded again where a parameter has changed since."""
+        from kernels.attention_fusion import fold_attention_fusion
+        from kernels.reference_blocks import AttentionFusionWeights, TransformerBlockWeights
+        from kernels.transformer_block import fold_transformer_block
+
+        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if self._folded_weights is None or self._folded_weights[0] != versions:
+            encoder1, encoder2, decoder = (
+                [fold_transformer_block(TransformerBlockWeights(*block.parameters())) for block in blocks]
+                for blocks in (self.encoder1, self.encoder2, self.decoder)
+            )
+            fusion = fold_attention_fusion(AttentionFusionWeights(*self.fusion.parameters()))
+            self._folded_weights = versions, (encoder1, encoder2, fusion, decoder)
+        return self._folded_weights[1]
 
     @staticmethod
     def from_pretrained(name: str | Path) -> FusionNet:

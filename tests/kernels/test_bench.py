@@ -171,6 +171,13 @@ def test_docs_hold_the_table_that_the_command_gives_now(model: tuple[str, dict[s
     )
 
 
+def test_write_docs_refuses_a_part_of_the_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--write-docs", "--operation", "fusion_loss"])
+    assert stop.value.code == 2
+    assert "leave --operation out" in capsys.readouterr().err
+
+
 def test_write_docs_replaces_what_is_between_the_marks(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text(f"before\n{bench.DOCS_BEGIN}\nold\n{bench.DOCS_END}\nafter\n")

@@ -37,10 +37,23 @@ def test_official_weights_give_the_authors_outputs(data_dir: Path, task: str) ->
         for output in outputs:
             pair = [next((official / "test_cases" / task / side).glob(f"{output.stem}.*")) for side in CASES[task]]
             fused = net(*(torch.from_numpy(official_luma(path)) for path in pair))
-            np.testing.assert_allclose(fused[0, 0].numpy(), np.load(output), rtol=0, atol=1e-5)
+            # On 800x1200 pixels the reference, float32 too, is itself 1.3e-5 from float64: hence the relative part.
+            np.testing.assert_allclose(fused[0, 0].numpy(), np.load(output), rtol=1e-5, atol=1e-5)
         random = np.load(official / "outputs" / task / "random_33x47.npz")
         a, b = torch.from_numpy(random["x"]).split(1, dim=1)
         np.testing.assert_allclose(net(a, b).numpy(), random["y"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_large_picture_is_as_exact_as_float32_can_be(data_dir: Path) -> None:
+    """Sums over 800x1200 pixels: the authors' order of operations loses 1.3e-5 here, ours must not."""
+    official = data_dir / "official"
+    net, _ = load_fusion_net(official / "models" / "ReFusion_MEIF.pth")
+    pair = [torch.from_numpy(official_luma(official / "test_cases/MEIF" / s / "ICCV_03.png")) for s in CASES["MEIF"]]
+    with torch.inference_mode():
+        single = net(*pair)
+        double = net.double()(*(x.double() for x in pair))
+    assert (single - double).abs().max() < 2e-6
 
 
 def test_round_trip_keeps_weights_and_metadata(tmp_path: Path) -> None:
