@@ -55,7 +55,7 @@ TILES = {
     ("attention", 32): (Tile(8, 32, 16), Tile(8, 32, 16), Tile(4, 32, 16)),
     ("fusion_attention", 16): (Tile(16, 32, 16), Tile(8, 32, 16), Tile(8, 32, 16)),
     ("feed_forward", 16): (Tile(4, 32, 8), Tile(4, 32, 8), Tile(2, 32, 4)),
-    ("feed_forward", 32): (Tile(2, 32, 4), Tile(2, 16, 2), Tile(2, 32, 4)),
+    ("feed_forward", 32): (Tile(2, 32, 4), Tile(1, 32, 2), Tile(2, 32, 4)),
 }
 # The interpreter pays for each operation of a program: it gets few, large ones.
 INTERPRETED_TILE = Tile(64, 128, 1)

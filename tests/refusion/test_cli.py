@@ -343,7 +343,13 @@ def test_interrupt_ends_quietly(tmp_path, model):
             write(tmp_path / f"{folder}/{number}.png", random_image((200, 200), number))
     command = [sys.executable, "-m", "refusion", "fuse", "a", "b", "-o", "out", "--model", str(model)]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job inherits SIGINT ignored; a user's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out").exists() and time.monotonic() < deadline:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from refusion.data import TASKS, PairDataset
+from refusion.data import PairDataset
 from runtime.color import luma
 from runtime.errors import InputError
 from runtime.images import read_image, write_image
+from runtime.tasks import TASKS
 
 SIZES = [(40, 56), (64, 48), (33, 47), (50, 50), (41, 70)]
 

@@ -27,7 +27,7 @@ def test_targets_stand_out_in_the_source_that_is_named() -> None:
     for i, in_a in enumerate(named):
         a, b, mask = data.draw(0, 0, i)
         shown, clutter = (a, b) if in_a else (b, a)
-        assert shown[mask > 0].mean() - shown[mask == 0].mean() > 0.4
+        assert shown[mask > 0].mean() - shown[mask == 0].mean() > 0.5
         assert clutter[mask == 0].std() > 0.06
 
 
@@ -41,12 +41,15 @@ def test_loss_needs_targets_and_is_differentiable() -> None:
         loss(fused, a, b)
 
 
-@pytest.mark.slow
-def test_meta_learning_finds_the_source_that_shows_the_targets(tmp_path: Path) -> None:
-    """The short form of `python -m refusion.downstream`, which also compares the downstream losses."""
-    result = experiment(0, tmp_path, warm_up=80, epochs=2, meta_steps=30, fusion_steps=30)
-    assert result.w_on_targets > 0.55
-    assert result.w_elsewhere < 0.5
+def test_arms_differ_in_meta_learning_alone(tmp_path: Path) -> None:
+    """A run far too short to learn: `python -m refusion.downstream` is the real one."""
+    result = experiment(0, tmp_path, warm_up=4, epochs=1, meta_steps=4, fusion_steps=4)
+    learned, fixed = (torch.load(tmp_path / arm / "checkpoint.pt", weights_only=True) for arm in ("learned", "fixed"))
+    assert fixed["networks"]["proposal"]["output.weight"].abs().max() == 0  # w = v = 0.5 still
+    assert learned["networks"]["proposal"]["output.weight"].abs().max() > 1e-3
+    assert (learned["position"]["total"], fixed["position"]["total"]) == (8, 4)
+    assert 0 < result.w_on_targets < 1 and result.w_on_targets != 0.5
+    assert 0 < result.loss_learned != result.loss_fixed > 0
     assert (tmp_path / "learned.png").stat().st_size > 1000
     assert "1 seeds" in table([result])
 
