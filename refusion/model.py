@@ -175,7 +175,9 @@ def _kernels_take(x: Tensor) -> bool:
 
     float32 stays in float32: the kernels' tensor-core operands are float16. A tangent of forward mode would be lost.
     """
-    if x.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.shape[1] != 16 or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     return forward_ad._current_level < 0 and backend_for(x) != "reference"
 
@@ -226,7 +228,7 @@ class FusionNet(_Network):
         from kernels.reference_blocks import AttentionFusionWeights, TransformerBlockWeights
         from kernels.transformer_block import fold_transformer_block
 
-        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        versions = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         if self._folded_weights is None or self._folded_weights[0] != versions:
             encoder1, encoder2, decoder = (
                 [fold_transformer_block(TransformerBlockWeights(*block.parameters())) for block in blocks]
