@@ -43,3 +43,8 @@ class AotEntry:
     min_occupancy: float
     max_registers: int
     num_stages: int = 1
+
+
+def pointers(signature: dict[str, str]) -> tuple[str, ...]:
+    """Names of the pointers of a signature: those of tensors that PyTorch allocated are multiples of 16."""
+    return tuple(name for name, kind in signature.items() if kind.startswith("*"))

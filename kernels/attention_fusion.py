@@ -205,6 +205,7 @@ def fusion_gram(x1: Tensor, x2: Tensor, weights: FoldedAttentionFusion, tile: Ti
         fusion_gram_kernel[(programs, n)](
             x1, x2, weights.query_key1, weights.query_key2, partials, height, width, tile.count(height, width),
             C=channels, HEADS=HEADS, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
+            num_stages=1,
         )  # fmt: skip
     return partials
 
@@ -223,6 +224,7 @@ def fusion_attention(
             x1, x2, w.value1, w.value2, partials, w.temperature1, w.temperature2, w.projection1, w.projection2,
             y, height, width, tile.count(height, width), partials.shape[2],
             C=channels, HEADS=HEADS, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
+            num_stages=1,
         )  # fmt: skip
     return y
 

@@ -155,6 +155,7 @@ def gram(a: Tensor, qk: Tensor, heads: int, tile: Tile | None = None) -> Tensor:
         gram_kernel[(programs, n)](
             a, qk, partials, height, width, tile.count(height, width),
             C=channels, HEADS=heads, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
+            num_stages=1,
         )  # fmt: skip
     return partials
 
@@ -183,5 +184,6 @@ def attention(
             a, x, v, partials, temperature, projection, *norm, y, normalised,
             height, width, tile.count(height, width), partials.shape[1],
             C=channels, HEADS=temperature.numel(), HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
+            num_stages=1,
         )  # fmt: skip
     return y, normalised

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.aot_entry import AotEntry
+from kernels.aot_entry import AotEntry, pointers
 from kernels.operation import Operation, Tensors
 from kernels.stencil import (
     SUM_BLOCK,
@@ -229,14 +229,14 @@ def forward(
             kept = (torch.empty_like(fused),)
             _derivative_kernel[cut.grid](
                 fused, a, b, w, v, None, None, gradient_weight, partials, kept[0], cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
         else:
             _pointwise_kernel[cut.grid](
                 fused, a, b, w, v, None, None, partials, None, None, cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
-        _sum_kernel[(1,)](partials, intensity, grad, cut.programs, n, height, width, BLOCK=SUM_BLOCK)
+        _sum_kernel[(1,)](partials, intensity, grad, cut.programs, n, height, width, BLOCK=SUM_BLOCK, num_stages=1)
     return (intensity, grad), kept
 
 
@@ -260,13 +260,13 @@ def backward(
             expected = gradient_weight if kept and gradient_weight is not None else _NEVER
             _derivative_kernel[cut.grid](
                 fused, a, b, w, v, *cotangents, expected, None, gradients[0], cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
         if needs[3] or needs[4]:
             gradients[3:] = torch.empty_like(w), torch.empty_like(v)
             _pointwise_kernel[cut.grid](
                 fused, a, b, w, v, *cotangents, None, gradients[3], gradients[4], cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
     if needs[1] or needs[2]:
         gradients[1:3] = OPERATION.derivative(cotangents, inputs, gradient_weight, (False, True, True, False, False))
@@ -289,8 +289,8 @@ def aot_entries() -> list[AotEntry]:
     ) -> AotEntry:  # fmt: skip
         constexprs = {"COLUMNS": columns, "ACC": tl.float32} | dict.fromkeys(absent)
         return AotEntry(
-            f"fusion_loss/{name}", kernel, signature | dims, constexprs, columns // 32, (), least, moved,
-            _EAGER_LAUNCHES, 3, min_occupancy, max_registers,
+            f"fusion_loss/{name}", kernel, signature | dims, constexprs, columns // 32, pointers(signature),
+            least, moved, _EAGER_LAUNCHES, 3, min_occupancy, max_registers,
         )  # fmt: skip
 
     def derivative(name: str, forward: bool, columns: int, pointer: str) -> AotEntry:
@@ -313,6 +313,7 @@ def aot_entries() -> list[AotEntry]:
         derivative("loss and derivative/fp32, narrow", True, 64, "*fp32"),
         derivative("loss and derivative/fp16", True, 128, "*fp16"),
         derivative("derivative/fp32", False, 128, "*fp32"),
+        derivative("derivative/fp32, narrow", False, 64, "*fp32"),
         entry(
             "loss/fp32", _pointwise_kernel, images("*fp32") | partial, 128, (*cotangents, *weights),
             28, reads, 48, 0.8,
@@ -322,7 +323,7 @@ def aot_entries() -> list[AotEntry]:
             tuple(partial), 44, reads + 16, 48, 0.8,
         ),
         AotEntry(
-            "fusion_loss/sum", _sum_kernel, sums | counts, {"BLOCK": SUM_BLOCK}, 4, (), 0, 0,
+            "fusion_loss/sum", _sum_kernel, sums | counts, {"BLOCK": SUM_BLOCK}, 4, pointers(sums), 0, 0,
             _EAGER_LAUNCHES, 3, 0.8, 48,
         ),
     ]  # fmt: skip

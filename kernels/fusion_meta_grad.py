@@ -98,7 +98,7 @@ def forward(
     with launch_device(fused):
         _meta_grad_kernel[cut.grid](
             fused, a, b, w, v, tangent, gradient_weight, dw, dv, cut.rows, height, width,
-            COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+            COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
         )  # fmt: skip
     return (dw, dv), ()
 
@@ -121,7 +121,7 @@ def aot_entries() -> list[AotEntry]:
         element = {"*fp32": 4, "*fp16": 2}[pointer]
         return AotEntry(
             f"fusion_meta_grad/{name}", _meta_grad_kernel, dict.fromkeys(names, pointer) | scalars,
-            {"COLUMNS": columns, "ACC": tl.float32}, columns // 32, (),
+            {"COLUMNS": columns, "ACC": tl.float32}, columns // 32, names,
             12 * element, 4 * read_bytes(columns, 1, element) + 8 * element, 23, 1, 0.5, 56,
         )  # fmt: skip
 

@@ -101,5 +101,6 @@ def gated_feed_forward(
             a, x, *weights, *(next_norm or (None, None)), y, normalised,
             height, width, weights.output.shape[0] // CHUNK,
             C=channels, CHUNK=CHUNK, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.num_warps,
+            num_stages=1,
         )  # fmt: skip
     return y, normalised

@@ -47,6 +47,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, operands: torch.dtype) -
     pixels = INTERPRETED_PIXELS if INTERPRETED else PIXELS
     with launch_device(x):
         layer_norm_kernel[(triton.cdiv(height * width, pixels), n)](
-            x, weight, bias, y, height * width, C=channels, PIXELS=pixels, num_warps=4
+            x, weight, bias, y, height * width, C=channels, PIXELS=pixels, num_warps=4, num_stages=1
         )
     return y

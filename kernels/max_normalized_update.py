@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot_entry import AotEntry
+from kernels.aot_entry import AotEntry, pointers
 from kernels.stencil import INTERPRETED, TRITON_TYPE, accumulator, launch_device
 
 CHUNK = 1024  # elements of a program
@@ -110,10 +110,13 @@ def _launch(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float
         chunk_max = table.new_empty((chunks,), dtype=acc)
         largest = torch.empty_like(chunk_max[0], dtype=gradients[0].dtype)
         g_type = TRITON_TYPE[gradients[0].dtype]
-        _max_kernel[(chunks,)](table, chunk_max, tensors, CHUNK=chunk, G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS)
+        _max_kernel[(chunks,)](
+            table, chunk_max, tensors, CHUNK=chunk, G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS, num_stages=1
+        )
         _update_kernel[(chunks,)](
             table, chunk_max, largest, tensors, chunks,
-            CHUNK=chunk, P=TRITON_TYPE[parameters[0].dtype], G=g_type, BITS=_BITS[acc], num_warps=_NUM_WARPS,
+            CHUNK=chunk, P=TRITON_TYPE[parameters[0].dtype], G=g_type, BITS=_BITS[acc],
+            num_warps=_NUM_WARPS, num_stages=1,
         )  # fmt: skip
     for parameter, target in zip(parameters, targets, strict=True):
         if target is not parameter:
@@ -150,11 +153,11 @@ def aot_entries() -> list[AotEntry]:
     # eager_launches: for the loss-proposal network's tensors, counted by kernels.bench
     return [
         AotEntry(
-            "max_normalized_update/max/fp32", _max_kernel, shared | {"tensors": "i32"}, types, _NUM_WARPS, (),
-            4, 4, 488, 2, 0.8, 48,
+            "max_normalized_update/max/fp32", _max_kernel, shared | {"tensors": "i32"}, types,
+            _NUM_WARPS, pointers(shared), 4, 4, 488, 2, 0.8, 48,
         ),
         AotEntry(
             "max_normalized_update/update/fp32", _update_kernel, shared | largest, types | {"P": tl.float32},
-            _NUM_WARPS, (), 12, 12, 488, 2, 0.8, 48,
+            _NUM_WARPS, pointers(shared | largest), 12, 12, 488, 2, 0.8, 48,
         ),
     ]  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.aot_entry import AotEntry
+from kernels.aot_entry import AotEntry, pointers
 from kernels.operation import Operation, Tensors
 from kernels.stencil import (
     SUM_BLOCK,
@@ -190,14 +190,14 @@ def forward(
             kept = torch.empty_like(a_hat), torch.empty_like(b_hat)
             _derivative_kernel[cut.grid](
                 a, b, a_hat, b_hat, None, 0, partials, *kept, cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
         else:
             _loss_kernel[cut.grid](
                 a, b, a_hat, b_hat, partials, cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
-        _sum_kernel[(1,)](partials, loss, cut.programs, n, height, width, BLOCK=SUM_BLOCK)
+        _sum_kernel[(1,)](partials, loss, cut.programs, n, height, width, BLOCK=SUM_BLOCK, num_stages=1)
     return (loss,), kept
 
 
@@ -220,7 +220,7 @@ def backward(
         with launch_device(a):
             _derivative_kernel[cut.grid](
                 a, b, a_hat, b_hat, *cotangents, int(bool(kept)), None, *images, cut.rows, height, width,
-                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps,
+                COLUMNS=cut.columns, ACC=TRITON_TYPE[acc], num_warps=cut.num_warps, num_stages=1,
             )  # fmt: skip
     if needs[0] or needs[1]:
         gradients[:2] = OPERATION.derivative(cotangents, inputs, option, (True, True, False, False))
@@ -245,26 +245,29 @@ def aot_entries() -> list[AotEntry]:
         outputs = {"d_a_hat_ptr": pointer, "d_b_hat_ptr": pointer}
         given, absent = ("partial_ptr", "cotangent_ptr") if forward else ("cotangent_ptr", "partial_ptr")
         element = _BYTES[pointer]
+        signature = images(pointer) | {"kept": "i32", given: "*fp32"} | outputs | dims
         return AotEntry(
-            f"reconstruction_loss/{name}", _derivative_kernel,
-            images(pointer) | {"kept": "i32", given: "*fp32"} | outputs | dims,
-            {absent: None, "COLUMNS": columns, "ACC": tl.float32}, columns // 32, (),
+            f"reconstruction_loss/{name}", _derivative_kernel, signature,
+            {absent: None, "COLUMNS": columns, "ACC": tl.float32}, columns // 32, pointers(signature),
             6 * element, 4 * read_bytes(columns, 2, element) + 2 * element, _EAGER_LAUNCHES, 3, 0.4, 96,
         )  # fmt: skip
 
+    loss = images("*fp32") | {"partial_ptr": "*fp32"} | dims
+    sums = {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "programs": "i32", "N": "i32", "H": "i32", "W": "i32"}
     return [
         derivative("loss and derivatives/fp32", True, 128, "*fp32"),
         derivative("loss and derivatives/fp32, narrow", True, 64, "*fp32"),
         derivative("loss and derivatives/fp16", True, 128, "*fp16"),
         derivative("derivatives/fp32", False, 128, "*fp32"),
+        derivative("derivatives/fp32, narrow", False, 64, "*fp32"),
         AotEntry(
-            "reconstruction_loss/loss/fp32", _loss_kernel, images("*fp32") | {"partial_ptr": "*fp32"} | dims,
-            {"COLUMNS": 128, "ACC": tl.float32}, 4, (), 16, 4 * read_bytes(128, 1), _EAGER_LAUNCHES, 3, 0.8, 48,
+            "reconstruction_loss/loss/fp32", _loss_kernel, loss,
+            {"COLUMNS": 128, "ACC": tl.float32}, 4, pointers(loss),
+            16, 4 * read_bytes(128, 1), _EAGER_LAUNCHES, 3, 0.8, 48,
         ),
         AotEntry(
-            "reconstruction_loss/sum", _sum_kernel,
-            {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "programs": "i32", "N": "i32", "H": "i32", "W": "i32"},
-            {"BLOCK": SUM_BLOCK}, 4, (), 0, 0, _EAGER_LAUNCHES, 3, 0.8, 48,
+            "reconstruction_loss/sum", _sum_kernel, sums,
+            {"BLOCK": SUM_BLOCK}, 4, pointers(sums), 0, 0, _EAGER_LAUNCHES, 3, 0.8, 48,
         ),
     ]  # fmt: skip
 
