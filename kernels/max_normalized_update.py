@@ -158,6 +158,6 @@ def aot_entries() -> list[AotEntry]:
         ),
         AotEntry(
             "max_normalized_update/update/fp32", _update_kernel, shared | largest, types | {"P": tl.float32},
-            _NUM_WARPS, pointers(shared | largest), 12, 12, 488, 2, 0.8, 48,
+            _NUM_WARPS, pointers(shared | largest), 12, 12, 488, 2, 0.75, 56,
         ),
     ]  # fmt: skip
