@@ -4,7 +4,8 @@
 
 Arms, each a process of its own that stays alive and is asked for one frame at a time:
     runtime         runtime.Fuser (ONNX Runtime), colour and file formats left out
-    eager           PyTorch under inference_mode, the allocator as it comes
+    textbook        PyTorch under inference_mode, layers as the authors' code has them (contiguous NCHW)
+    eager           our layers (channels_last), the allocator as it comes
     eager, tuned    the same with freed memory kept in the process (refusion.allocator)
 """
 
@@ -18,7 +19,7 @@ import time
 
 import numpy as np
 
-ARMS = ("runtime", "eager", "eager, tuned")
+ARMS = ("runtime", "textbook", "eager", "eager, tuned")
 
 
 def serve(arm: str, threads: int, size: tuple[int, int]) -> None:
@@ -35,11 +36,14 @@ def serve(arm: str, threads: int, size: tuple[int, int]) -> None:
     else:
         import torch
 
+        from benchmarks.textbook import use_textbook_layers
         from refusion import FusionNet
         from refusion.allocator import keep_freed_memory
 
         if arm == "eager, tuned":
             keep_freed_memory()
+        if arm == "textbook":
+            use_textbook_layers()
         torch.set_num_threads(threads)
         net = FusionNet.from_pretrained("ivif")
         x, y = torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None]
