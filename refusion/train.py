@@ -293,7 +293,12 @@ def train(config: TrainConfig, data: Data | None = None, outer: OuterLoss | None
     out = Path(config.out)
     if (out / "checkpoint.pt").exists() and not config.resume:
         raise InputError(f"{out} holds a run already: go on with --resume, or give another --out")
-    distributed.start(_device(config.device))
+    device = _device(config.device)
+    try:
+        kernels.backend_for(torch.empty(0, device=device))  # a wrong REFUSION_KERNELS shows before any work
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+    distributed.start(device)
     try:
         return _train(config, data, outer)
     finally:
