@@ -18,6 +18,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.network import DeployedNet
 from refusion.model import FusionNet
 from refusion.weights import load_fusion_net
 from runtime.errors import exit_code
@@ -75,7 +76,7 @@ def _trace(net: FusionNet) -> onnx.ModelProto:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         program = torch.onnx.export(
-            net.eval(),
+            DeployedNet(net),
             example,
             dynamo=True,
             opset_version=OPSET,

@@ -155,8 +155,8 @@ class _Network(nn.Module):
 
     def _stem(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         x = conv(x)
-        # Layer norms and 1x1 convolutions want the channels of a pixel side by side. An exported graph has one layout.
-        return x if torch.compiler.is_exporting() else x.contiguous(memory_format=torch.channels_last)
+        # Layer norms and 1x1 convolutions want the channels of a pixel side by side.
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _run(self, block: nn.Module, *x: Tensor) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -177,7 +177,7 @@ def _kernels_take(x: Tensor) -> bool:
     """
     if x.dtype not in (torch.float16, torch.bfloat16) or x.shape[1] != 16 or torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level < 0 and backend_for(x) != "reference"
 
