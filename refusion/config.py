@@ -35,6 +35,7 @@ class TrainConfig:
     b_name: str = _setting("b", "name of the folder of source B")
     skip_bad: bool = _setting(False, "leave out unreadable, unmatched and unequal pairs instead of refusing")
     out: str = _setting("runs/ivif", "folder for checkpoints, logs and weights")
+    network: Literal["full", "lite"] = _setting("full", "the fusion network, or the small one for bare CPUs")
     init: str = _setting("", "weights of the fusion network to start from: a task name or a file")
     crop: int = _setting(128, "side of the square crops, pixels")
     flips: bool = _setting(True, "flip crops at random")
@@ -56,6 +57,10 @@ class TrainConfig:
     ramp: bool = _setting(
         True, "the gradient term's weight grows from 1/epochs of that; otherwise it is the same throughout"
     )
+
+    # Distillation
+    teacher: str = _setting("", "weights of a network to learn from beside the loss: a task name or a file")
+    distill: float = _setting(1.0, "weight of the distance to the teacher's fused image")
 
     # Loss proposal and its meta-learning
     loss_proposal: Literal["paper", "symmetric"] = _setting("paper", "kind of loss-proposal network")
@@ -98,6 +103,7 @@ class TrainConfig:
             "prior_v",
             "outer_noise",
             "gradient_weight",
+            "distill",
         ):
             _refuse(getattr(self, name) < 0, name, getattr(self, name), "0 or more")
         for name in ("lr", "lr_inner", "lr_meta", "lr_gamma"):

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from refusion.config import TrainConfig
 from refusion.evaluate import evaluate_pairs, find_scenes
-from refusion.model import FusionNet
 from runtime.color import luma, stretch
 
 
@@ -85,7 +84,7 @@ def source_commit() -> str:
 class TorchFuser:
     """The PyTorch network as runtime.Fuser fuses stills: two pictures -> luma, stretched to its own range."""
 
-    def __init__(self, net: FusionNet):
+    def __init__(self, net: nn.Module):
         self.net, self.device = net, next(net.parameters()).device
 
     @torch.inference_mode()
@@ -96,7 +95,7 @@ class TorchFuser:
         return np.rint(stretch(fused, float(fused.min()), float(fused.max())) * 255).astype(np.uint8)
 
 
-def measure(net: FusionNet, folders: Sequence[str], limit: int) -> dict[str, float]:
+def measure(net: nn.Module, folders: Sequence[str], limit: int) -> dict[str, float]:
     """Qabf, VIF and SSIM (tdfusion convention) of a network, means over the dev folders' sources."""
     fuse = TorchFuser(net)
     scenes = [scene for folder in folders for scene in find_scenes(folder, {"net": fuse}, limit or None)]

@@ -30,10 +30,11 @@ from refusion import distributed, records
 from refusion.allocator import keep_freed_memory
 from refusion.checkpoint import load_checkpoint, save_checkpoint
 from refusion.config import TrainConfig, add_flags, from_flags
-from refusion.losses import OuterLoss, ReconstructionLoss, fusion_loss, gradient_ramp
+from refusion.lite import LiteNet
+from refusion.losses import OuterLoss, ReconstructionLoss, distillation_loss, fusion_loss, gradient_ramp
 from refusion.meta import Batch, exchange, meta_step, plain
 from refusion.model import FusionNet, LossProposalNet
-from refusion.weights import load_fusion_net, save_weights
+from refusion.weights import load_network, save_weights
 from runtime.errors import InputError, exit_code
 from runtime.tasks import TASKS
 
@@ -70,9 +71,10 @@ class Trainer:
         self.config, self.data = config, data
         self.device = _device(config.device)
         torch.manual_seed(config.seed)
-        self.fusion = FusionNet()
+        self.fusion: FusionNet | LiteNet = LiteNet() if config.network == "lite" else FusionNet()
         if config.init:
-            self.fusion.load_state_dict(load_fusion_net(config.init)[0].state_dict())
+            self.fusion.load_state_dict(_same_kind(config.init, self.fusion).state_dict())
+        self.teacher = load_network(config.teacher)[0].requires_grad_(False) if config.teacher else None
         self.proposal = LossProposalNet(
             symmetric=config.loss_proposal == "symmetric",
             prior=config.prior,
@@ -85,7 +87,7 @@ class Trainer:
             "proposal": self.proposal,
             "outer": self.outer,
         }
-        for net in self.networks.values():
+        for net in (*self.networks.values(), *([self.teacher] if self.teacher else [])):
             net.to(device=self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             for module in net.modules():
                 if hasattr(module, "recompute"):
@@ -180,8 +182,14 @@ class Trainer:
                 w, v = self.proposal(batch.a, batch.b)
             fused = self.fusion(batch.a, batch.b)
             loss = fusion_loss(fused, batch.a, batch.b, w, v, self.gradient_weight)
-            self._descend("fusion", loss)
             scalars: dict[str, float | Tensor] = {"fusion_loss": loss.detach()}
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(batch.a, batch.b)
+                distance = distillation_loss(fused, taught)
+                scalars["distillation_loss"] = distance.detach()
+                loss = loss + self.config.distill * distance
+            self._descend("fusion", loss)
             outer = self.outer(fused.detach(), batch.target_a, batch.target_b, batch.target)
             if "outer" in self.optimizers:
                 self._descend("outer", outer)
@@ -261,13 +269,21 @@ class Trainer:
         return {
             "task": self.config.task,
             "input_order": "a = {}, b = {}".format(*TASKS[self.config.task]),
-            "network": "FusionNet",
+            "network": type(self.fusion).__name__,
             "training_data": ", ".join(Path(d).name for d in self.config.data) or "generated",
             "epochs": self.position.epoch,
             "steps": self.position.total,
             "dev_score": "" if score is None else f"{score:.4f}",
             "source_commit": records.source_commit(),
         }
+
+
+def _same_kind(weights: str, net: FusionNet | LiteNet) -> FusionNet | LiteNet:
+    """The network of the weights to start from, which must be of the kind that is trained."""
+    loaded = load_network(weights)[0]
+    if type(loaded) is not type(net):
+        raise InputError(f"setting 'init' is {weights}, a {type(loaded).__name__}; a {type(net).__name__} is trained")
+    return loaded
 
 
 def _device(name: str) -> torch.device:

@@ -15,19 +15,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refusion.lite import LiteNet
 from refusion.model import FusionNet
 from runtime.errors import InputError
 
 FORMAT_VERSION = "1"
-SHIPPED = Path(__file__).parent / "pretrained"  # <task>.safetensors, beside the model card <task>.md
+# <task>.safetensors and <task>-lite.safetensors, beside the model card <task>.md
+SHIPPED = Path(__file__).parent / "pretrained"
+# What a file's metadata call its network -> the class.
+NETWORKS: dict[str, type[FusionNet] | type[LiteNet]] = {"FusionNet": FusionNet, "LiteNet": LiteNet}
 
 
-def shipped_tasks() -> list[str]:
+def shipped_weights() -> list[str]:
+    """Names of the shipped weights: "ivif", "ivif-lite", ..."""
     return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 
 
 def find_weights(name: str | Path) -> Path:
-    """Path of shipped weights by task name ("ivif"), or of a .safetensors or .pth file.
+    """Path of shipped weights by name ("ivif", "ivif-lite"), or of a .safetensors or .pth file.
 
     Raises InputError where there is no such file.
     """
@@ -37,7 +42,7 @@ def find_weights(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix not in (".safetensors", ".pth"):
         raise InputError(
-            f"no weights '{name}': give one of {', '.join(shipped_tasks())} or a .safetensors or .pth file"
+            f"no weights '{name}': give one of {', '.join(shipped_weights())} or a .safetensors or .pth file"
         )
     if not path.is_file():
         raise InputError(f"{path}: no such weights file")
@@ -73,21 +78,35 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 
 
-def load_fusion_net(name: str | Path) -> tuple[FusionNet, dict[str, str]]:
-    """The fusion network with weights by task name or path, in eval mode on the CPU, and the file's metadata."""
+def load_network(name: str | Path) -> tuple[FusionNet | LiteNet, dict[str, str]]:
+    """The network with weights by name or path, in eval mode on the CPU, and the file's metadata.
+
+    The metadata say whether it is a FusionNet or a LiteNet. Raises InputError where the file is not such weights.
+    """
     path = find_weights(name)
     state, metadata = read_weights(path)
     version = metadata.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}: update refusion")
-    net = FusionNet()
+    kind = metadata.get("network", "FusionNet")
+    if kind not in NETWORKS:
+        raise InputError(f"{path}: the weights of a '{kind}', this release knows {', '.join(NETWORKS)}")
+    net = NETWORKS[kind]()
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
         expected = set(net.state_dict())
         wrong = sorted(expected ^ set(state)) or [n for n in expected if state[n].shape != net.state_dict()[n].shape]
-        raise InputError(f"{path}: not the weights of a FusionNet ({len(wrong)} tensors differ: {wrong[0]})") from error
+        raise InputError(f"{path}: not the weights of a {kind} ({len(wrong)} tensors differ: {wrong[0]})") from error
     return net.eval(), metadata
+
+
+def load_fusion_net(name: str | Path) -> tuple[FusionNet, dict[str, str]]:
+    """`load_network` where only the full network will do; InputError for a LiteNet's weights."""
+    net, metadata = load_network(name)
+    if not isinstance(net, FusionNet):
+        raise InputError(f"{name}: the weights of a {type(net).__name__}, not of a FusionNet")
+    return net, metadata
 
 
 # The authors' names and ours: regular expressions, applied one after the other.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.onnxruntime import OnnxRuntimeBackend
+from runtime import color
+from runtime.backends import Backend, choose_backend, load_backend, runs_on_gpu
 from runtime.color import (
     RANGE_POLICIES,
     SmoothRange,
@@ -17,33 +19,17 @@ from runtime.color import (
     check_image,
     compose,
     fused_chroma,
+    is_grey,
+    luma,
     parse_tone,
     stretch,
 )
 from runtime.errors import InputError
-from runtime.tasks import TASKS
+from runtime.model_files import SUFFIXES, find_model
 
-# Name of a backend -> the device it computes on.
-BACKENDS = {"auto": "cpu", "onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
-MODELS = Path(__file__).parent / "models"
 WARM_SIZE = (64, 64)
 
-
-def model_path(model: str | Path) -> Path:
-    """File of a model that is named by its task (embedded) or by its path.
-
-    Raises:
-        InputError: no model is embedded for that task, or neither a task nor an .onnx file.
-    """
-    embedded = MODELS / f"{model}.onnx"
-    if str(model) in TASKS:
-        if not embedded.is_file():
-            raise InputError(f"no embedded model for task '{model}' yet; give a path to an .onnx file (--model PATH)")
-        return embedded
-    path = Path(model)
-    if path.suffix != ".onnx":
-        raise InputError(f"unknown model '{model}'; give a task ({', '.join(TASKS)}) or a path to an .onnx file")
-    return path
+log = logging.getLogger("refusion")
 
 
 class Fuser:
@@ -54,9 +40,11 @@ class Fuser:
         fused = fuser(infrared, visible)
 
     Args:
-        model: a task ("ivif", "mif", "mfif", "meif") for its embedded model, or a path to an .onnx file.
-        backend: "auto" or "onnxruntime" (CPU), "onnxruntime-cuda".
-        threads: threads that compute one frame; None takes every core that the process may use.
+        task: "ivif", "mif", "mfif" or "meif" for an embedded model, or a path to an .onnx or .engine file.
+        model: which of the task's models: "auto", "full", "lite" or a path; see `runtime.model_files.find_model`.
+        backend: one of `runtime.backends.BACKENDS`; see `runtime.backends.choose_backend`.
+        live: the frames come from a stream: on a CPU "auto" then takes the lite model.
+        threads: CPU threads that compute one frame; None takes every core that the process may use.
         range: "stretch": the network's own minimum..maximum becomes 0..255, image by image, as in the authors' code.
             "keep": 0..1 becomes 0..255. "smooth": as "stretch", with limits smoothed from call to call, for streams.
         chroma: where the colour comes from, see `runtime.color.fused_chroma`.
@@ -67,10 +55,12 @@ class Fuser:
 
     Attributes:
         model: the file's name without its suffix.
+        backend: name of the backend that runs.
+        choice: why this model and this backend, in one line.
         task: the task that the model was trained for, as its metadata say, or None.
         metadata: the model file's metadata.
-        threads: threads that compute one frame.
-        tone: the tone rule, parsed.
+        threads: CPU threads that compute one frame, 0 where a GPU does.
+        range, chroma, tone: the policies; they may be changed between two calls.
 
     Raises:
         InputError: a model, policy or number that is not understood or not there.
@@ -78,30 +68,51 @@ class Fuser:
 
     def __init__(
         self,
-        model: str | Path = "ivif",
+        task: str | Path = "ivif",
         *,
+        model: str | Path = "auto",
         backend: str = "auto",
+        live: bool = False,
         threads: int | None = None,
         range: str = "stretch",
         chroma: str = "auto",
         tone: Tone = "full",
         warm_size: tuple[int, int] | None = None,
     ):
-        if backend not in BACKENDS:
-            raise InputError(f"unknown backend '{backend}'; choose from {', '.join(BACKENDS)}")
-        if range not in RANGE_POLICIES:
-            raise InputError(f"unknown range policy '{range}'; choose from {', '.join(RANGE_POLICIES)}")
-        check_chroma_policy(chroma)
-        self._range, self._chroma = range, chroma
-        self.tone = parse_tone(tone)
         self._smooth_range = SmoothRange()
-        path = model_path(model)
-        self._backend = OnnxRuntimeBackend.load(path, threads, BACKENDS[backend])
+        self.range, self.chroma, self.tone = range, chroma, parse_tone(tone)
+        named = next((Path(p) for p in (task, model) if Path(p).suffix in SUFFIXES), None)
+        self.backend, why_backend = choose_backend(backend, named)
+        path, why_model = find_model(task, model, live=live, gpu=runs_on_gpu(self.backend))
+        self._backend: Backend = load_backend(path, self.backend, threads)
         self.model = path.stem
+        self.choice = f"model {self.model} ({why_model}), backend {self.backend} ({why_backend})"
         self.metadata = self._backend.metadata
         self.task = self.metadata.get("task")
         self.threads = self._backend.threads
+        self._bgr = self.metadata.get("io") == "bgr"
+        self._check_built_in_policies()
+        self._swap_announced = False
         self._warm_up(warm_size)
+
+    @property
+    def range(self) -> str:
+        return self._range
+
+    @range.setter
+    def range(self, policy: str) -> None:
+        if policy not in RANGE_POLICIES:
+            raise InputError(f"unknown range policy '{policy}'; choose from {', '.join(RANGE_POLICIES)}")
+        self._range = policy
+
+    @property
+    def chroma(self) -> str:
+        return self._chroma
+
+    @chroma.setter
+    def chroma(self, policy: str) -> None:
+        check_chroma_policy(policy)
+        self._chroma = policy
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> NDArray[np.uint8]:
         """Fuse two aligned images.
@@ -117,8 +128,23 @@ class Fuser:
             InputError: other types or shapes, sources of different size, or a size that the model isn't built for.
         """
         self.check(a, b)
-        luma = self._run(apply_tone(a, self.tone), apply_tone(b, self.tone))
-        return compose(self._to_range(luma), fused_chroma(a, b, self._chroma))
+        a, b = self.in_order(a, b)
+        if self._bgr:
+            return self._backend.run(_frame(a, self.tone), _frame(b, self.tone))[0]
+        fused = self._run(apply_tone(a, self.tone), apply_tone(b, self.tone))
+        return compose(self._to_range(fused), fused_chroma(a, b, self._chroma))
+
+    def in_order(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The two images in the order that the model takes them, with a warning where that is not the given one.
+
+        Only two exposures tell by themselves which is which: the darker one is a.
+        """
+        if self.task != "meif" or float(luma(a).mean()) <= float(luma(b).mean()):
+            return a, b
+        if not self._swap_announced:
+            log.warning("a is brighter than b: taken as the over-exposed image, both are swapped (a = under-exposed)")
+            self._swap_announced = True
+        return b, a
 
     def check(self, a: np.ndarray, b: np.ndarray) -> None:
         """Raise the InputError that fusing these two images would raise; computes nothing."""
@@ -132,16 +158,18 @@ class Fuser:
         Raises:
             InputError: other types, shapes or values (NaN among them), or sources of different size.
         """
-        for name, luma in (("a", a), ("b", b)):
-            if not isinstance(luma, np.ndarray) or luma.ndim != 2 or not np.issubdtype(luma.dtype, np.floating):
-                kind = f"{luma.dtype} {luma.shape}" if isinstance(luma, np.ndarray) else type(luma).__name__
+        for name, x in (("a", a), ("b", b)):
+            if not isinstance(x, np.ndarray) or x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
+                kind = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
                 raise InputError(f"{name} is {kind}; give an HxW array of float32")
-            if luma.size == 0:
-                raise InputError(f"{name} is empty: its shape is {luma.shape}")
-            low, high = luma.min(), luma.max()
+            if x.size == 0:
+                raise InputError(f"{name} is empty: its shape is {x.shape}")
+            low, high = x.min(), x.max()
             if not (low >= 0 and high <= 1):  # false for NaN as well
                 raise InputError(f"{name} has values from {low:g} to {high:g}; give finite values in [0, 1]")
         self._check_sizes(a, b)
+        if self._bgr:
+            raise InputError(f"model {self.model} takes 8-bit colour frames, not luma; call the fuser itself")
         return self._run(a, b)
 
     def _run(self, a: np.ndarray, b: np.ndarray) -> NDArray[np.float32]:
@@ -167,9 +195,30 @@ class Fuser:
                 f"{width}x{height}; resize them or take a model of dynamic size"
             )
 
+    def _check_built_in_policies(self) -> None:
+        """A model that makes the whole picture has its policies in the graph."""
+        built_in = self.metadata.get("range", "stretch"), self.metadata.get("chroma", "auto")
+        if self._bgr and (self._range, self._chroma) != built_in:
+            raise InputError(
+                f"model {self.model} has range {built_in[0]} and chroma {built_in[1]} built in; ask for those, or take "
+                "a model with --io luma"
+            )
+
     def _warm_up(self, size: tuple[int, int] | None) -> None:
         height, width = size or WARM_SIZE
         if height < 1 or width < 1:
             raise InputError(f"the warm-up size {width}x{height} is empty; give (H, W) of the frames to come")
-        blank = np.zeros((self._backend.size[0] or height, self._backend.size[1] or width), np.float32)
-        self._run(blank, blank)
+        blank = np.zeros((self._backend.size[0] or height, self._backend.size[1] or width), np.uint8)
+        if self._bgr:
+            self._backend.run(_frame(blank, "full"), _frame(blank, "full"))
+        else:
+            self._run(luma(blank), luma(blank))
+
+
+def _frame(image: np.ndarray, tone: Tone) -> NDArray[np.uint8]:
+    """(1, H, W, 3) uint8 of a camera's picture, grey ones repeated."""
+    if image.dtype != np.uint8:
+        image = compose(apply_tone(image, tone), None if is_grey(image) else color.chroma(image))
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    return np.ascontiguousarray(image[None], np.uint8)

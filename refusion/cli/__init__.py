@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from refusion import __version__
 from refusion.cli.evaluation import add_eval_parser
+from refusion.cli.live import add_stream_parser
 from refusion.cli.parsing import Subparsers
 from refusion.cli.stills import add_demo_parser, add_fuse_parser
 from refusion.cli.training import add_train_parser
@@ -24,6 +25,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_demo_parser,
     add_eval_parser,
     add_train_parser,
+    add_stream_parser,
 )
 
 

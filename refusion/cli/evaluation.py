@@ -33,7 +33,8 @@ def add_eval_parser(subparsers: Subparsers) -> None:
         action="append",
         default=[],
         metavar="M",
-        help="task, .onnx file, or weights (.safetensors, the authors' .pth; need the extra 'export') to fuse with",
+        help="task, .onnx file, or weights (.safetensors, the authors' .pth; need the extra 'export') to fuse with; "
+        "with --task, lite is the task's lite model",
     )
     parser.add_argument("--task", choices=tuple(TASKS), help="the same as --model with the task's embedded model")
     parser.add_argument(
@@ -59,7 +60,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     metrics = tuple(args.metrics.split(",")) if args.metrics else METRICS
     check_names(metrics, args.convention)  # before models are loaded
-    names = ([args.task] if args.task else []) + args.model
+    names = ([args.task] if args.task else []) + [_embedded(args.task, name) for name in args.model]
     if args.data and names and not args.paths:
         models = dict(zip(evaluate.short_names(names), (_any_fuser(name, args.threads) for name in names), strict=True))
         scenes = evaluate.find_scenes(args.data, models, args.limit, skip_bad=args.skip_bad)
@@ -81,6 +82,11 @@ def run_eval(args: argparse.Namespace) -> None:
         table.write_json(args.json)
     for file in keep.write(args.pictures) if keep else ():
         print(file)
+
+
+def _embedded(task: str | None, name: str) -> str:
+    """ "lite" beside a task is that task's lite model; any other name stands for itself."""
+    return f"{task}-lite" if task and name == "lite" else name
 
 
 def _any_fuser(model: str, threads: int | None) -> Fuser:

@@ -66,7 +66,19 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def _add_fuser_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=tuple(TASKS), help="what is fused (default: ivif)")
-    parser.add_argument("--model", metavar="PATH", help="an .onnx model instead of the task's embedded one")
+    parser.add_argument(
+        "--model",
+        default="auto",
+        metavar="auto|full|lite|PATH",
+        help="which network: the full one, the small one for live pictures on a CPU, or an .onnx or .engine file; auto "
+        "takes full for stills and on a GPU, lite for streams on a CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, tensorrt or openvino (default: %(default)s)",
+    )
     parser.add_argument(
         "--range",
         default="stretch",
@@ -95,7 +107,9 @@ def _fuser(args: argparse.Namespace, warm_size: tuple[int, int] | None = None) -
     from runtime import Fuser
 
     fuser = Fuser(
-        args.model or args.task or "ivif",
+        args.task or "ivif",
+        model=args.model,
+        backend=args.backend,
         threads=args.threads,
         range=args.range,
         chroma=args.chroma,
@@ -108,4 +122,5 @@ def _fuser(args: argparse.Namespace, warm_size: tuple[int, int] | None = None) -
 
 
 def _describe(fuser: Fuser) -> str:
-    return f"{fuser.threads} thread{'s' if fuser.threads > 1 else ''}, model {fuser.model}"
+    threads = f"{fuser.threads} thread{'s' if fuser.threads > 1 else ''}, " if fuser.threads else ""
+    return f"{threads}{fuser.choice}"

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from runtime.backends import check_model_inputs, image_size
+from runtime.cuda_driver import CudaDriver, DriverError
 from runtime.errors import InputError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_KINDS = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -29,14 +35,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class OnnxRuntimeBackend:
-    """A loaded fusion model: inputs `a` and `b`, output `fused`, each (1, 1, H, W) float32 in [0, 1].
+def cuda_answers() -> bool:
+    """Whether this ONNX Runtime has the CUDA provider and a driver answers."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        return False
+    try:
+        return bool(CudaDriver().gpus())
+    except DriverError:
+        return False
 
-    Attributes:
-        metadata: what the model file says of itself (`task`, `input_order`, `precision`, ...), strings.
-        size: (H, W) that the model is fixed to, None for a side that may be any.
-        threads: number of threads that compute one frame.
-    """
+
+def engine_cache() -> Path:
+    """Folder of the engines that ONNX Runtime's TensorRT provider builds: $XDG_CACHE_HOME/refusion/onnxruntime."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refusion" / "onnxruntime"
+
+
+class OnnxRuntimeBackend:
+    """A loaded fusion model, see `runtime.backends.Backend`."""
 
     def __init__(self, session: ort.InferenceSession, size: tuple[int | None, int | None], threads: int):
         self._session = session
@@ -51,50 +66,51 @@ class OnnxRuntimeBackend:
         Args:
             path: .onnx file.
             threads: threads that compute one frame; None takes every core that the process may use.
-            device: "cpu" or "cuda".
+            device: "cpu", "cuda", or "tensorrt", whose engines are kept in `engine_cache()`.
 
         Raises:
             InputError: no such file, not an ONNX model, not a fusion model, or a device that isn't there.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(
-                f"model {path} is {'not a file' if path.exists() else 'missing'}; give a path to an .onnx file"
-            )
-        if threads is not None and threads < 1:
-            raise InputError(f"the number of threads is {threads}; give 1 or more")
-        provider = PROVIDERS[device]
-        if provider not in ort.get_available_providers():
-            raise InputError(f"this onnxruntime has no {provider}; install onnxruntime-gpu, or use the CPU")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
-        options.log_severity_level = 4  # what goes wrong comes as an exception
         # The memory pattern of a size is a second block beside the arena that found it: 2.7 GB in place of 1.4 at
         # 640x480, for 4 % of the time. Bound buffers gave nothing: inputs and output are 1.2 MB each.
         options.enable_mem_pattern = False
-        try:
-            session = ort.InferenceSession(str(path), options, providers=[provider])
-        except _LOAD_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"model {path} cannot be loaded, is it a whole .onnx file? ({reason})") from error
-        return cls(session, _image_size(session, path), options.intra_op_num_threads)
+        session = _session(Path(path), options, PROVIDERS[device])
+        shapes = {node.name: (node.shape, _KINDS.get(node.type, node.type)) for node in session.get_inputs()}
+        check_model_inputs(path, shapes, [node.name for node in session.get_outputs()])
+        return cls(session, image_size(*shapes["a"]), 0 if device != "cpu" else options.intra_op_num_threads)
 
-    def run(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Fuse a, b: (1, 1, H, W) float32 in [0, 1] -> (1, 1, H, W) float32 in [0, 1]."""
+    def run(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Fuse a and b, arrays as `runtime.backends.Backend` says; the result is a new array."""
         return self._session.run(["fused"], {"a": a, "b": b})[0]
 
 
-def _image_size(session: ort.InferenceSession, path: Path) -> tuple[int | None, int | None]:
-    """Check that a session is a fusion model; returns the height and width that it is fixed to."""
-    inputs = {node.name: node for node in session.get_inputs()}
-    outputs = [node.name for node in session.get_outputs()]
-    if set(inputs) != {"a", "b"} or "fused" not in outputs:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an .onnx file says of itself. Raises InputError for a missing or damaged file."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return dict(_session(path, options, PROVIDERS["cpu"]).get_modelmeta().custom_metadata_map)
+
+
+def _session(path: Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    if not path.is_file():
         raise InputError(
-            f"model {path} has inputs {', '.join(inputs)} and outputs {', '.join(outputs)}; "
-            "a fusion model has inputs a, b and output fused"
+            f"model {path} is {'not a file' if path.exists() else 'missing'}; give a path to an .onnx file"
         )
-    for node in inputs.values():
-        if node.type != "tensor(float)" or len(node.shape) != 4:
-            raise InputError(f"model {path} has input {node.name} {node.type} {node.shape}, not float (1, 1, H, W)")
-    height, width = inputs["a"].shape[2:]
-    return (height if isinstance(height, int) else None, width if isinstance(width, int) else None)
+    if provider not in ort.get_available_providers():
+        raise InputError(f"this onnxruntime has no {provider}; install onnxruntime-gpu, or use the CPU")
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    settings: dict[str, object] = {}
+    if provider == PROVIDERS["tensorrt"]:
+        cache = engine_cache()
+        cache.mkdir(parents=True, exist_ok=True)
+        settings = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model {path} cannot be loaded, is it a whole .onnx file? ({reason})") from error
+    if provider not in session.get_providers():  # it falls back to the CPU without a word
+        raise InputError(f"{provider} cannot start here: check the GPU's driver and CUDA's libraries, or use the CPU")
+    return session

@@ -13,9 +13,9 @@ import torch
 
 from export.onnx import IR_VERSION, OPSET, export_onnx, export_weights, main
 from refusion.model import FusionNet
-from refusion.weights import shipped_tasks
+from refusion.weights import shipped_weights
 from runtime.errors import InputError
-from runtime.fuser import MODELS
+from runtime.model_files import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_versions_metadata_and_no_traces(exported: tuple[FusionNet, Path]) -> No
     assert list(exported[1].parent.iterdir()) == [exported[1]]
 
 
-@pytest.mark.parametrize("task", shipped_tasks())
+@pytest.mark.parametrize("task", shipped_weights())
 def test_embedded_model_is_the_export_of_the_shipped_weights(task: str, tmp_path: Path) -> None:
     """Same graph and weights; names and order of initializers may differ between exporter versions."""
     rebuilt, embedded = onnx.load(export_weights(task, tmp_path / "rebuilt.onnx")), onnx.load(MODELS / f"{task}.onnx")

@@ -14,7 +14,7 @@ import pytest
 
 from runtime import Fuser, InputError
 from runtime.color import chroma, compose, luma
-from runtime.fuser import MODELS
+from runtime.model_files import MODELS
 from runtime.scenes import night_road
 from runtime.tasks import TASKS
 
@@ -231,14 +231,6 @@ def test_model_of_another_kind_is_refused(tmp_path):
         Fuser(make_model(tmp_path / "names.onnx", names="x y fused"))
     with pytest.raises(InputError, match="outputs sum; a fusion model"):
         Fuser(make_model(tmp_path / "output.onnx", names="a b sum"))
-
-
-def test_task_without_an_embedded_model():
-    missing = [task for task in TASKS if not (MODELS / f"{task}.onnx").exists()]
-    if not missing:
-        pytest.skip("every task has an embedded model")
-    with pytest.raises(InputError, match=rf"no embedded model for task '{missing[0]}' yet; .*--model PATH"):
-        Fuser(missing[0])
 
 
 def test_runtime_imports_no_torch_and_little_at_first(maximum):
