@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RECIPES = Path(__file__).parent / "recipes"  # <task>.toml
+RECIPES = Path(__file__).parent / "recipes"  # full.toml and lite.toml, and what differs for a task in <task>.toml
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -154,7 +154,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for each field, and --config and --recipe; a flag that is not given leaves the TOML file's value."""
     parser.add_argument("--config", type=Path, help="TOML file with any of these settings; flags win over it")
     parser.add_argument(
-        "--recipe", action="store_true", help="start from the task's recipe that made the shipped weights"
+        "--recipe",
+        action="store_true",
+        help="start from the recipe that made the shipped weights of the network and the task",
     )
     for name, f in FIELDS.items():
         kind, flag = _TYPES[name], "--" + name.replace("_", "-")
@@ -175,11 +177,9 @@ def from_flags(args: argparse.Namespace) -> TrainConfig:
     from_file = read_toml(args.config) if args.config else {}
     settings: dict[str, Any] = {}
     if args.recipe:
-        task = flags.get("task", from_file.get("task", FIELDS["task"].default))
-        path = RECIPES / f"{task}.toml"
-        if not path.is_file():
-            raise InputError(f"there is no recipe for task '{task}': write a TOML file and give it with --config")
-        settings |= read_toml(path)
+        for choice in ("network", "task"):
+            name = flags.get(choice, from_file.get(choice, FIELDS[choice].default))
+            settings |= read_toml(RECIPES / f"{name}.toml")
     settings |= from_file | flags
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
     return TrainConfig(**values)

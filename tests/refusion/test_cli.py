@@ -113,7 +113,8 @@ def test_fuse_two_files(run, tmp_path, model, pair):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.fullmatch(
-        r"fused picture: out/fused\.png \(\d+\.\d\d s a pair, .*, 1 thread, model maximum \(as asked for\), backend onnxruntime.*\)\n", done.stdout
+        r"fused picture: out/fused\.png \(\d+\.\d\d s a pair, .*, 1 thread, model maximum \(as asked for\), backend onnxruntime.*\)\n",
+        done.stdout,
     )
     assert files(tmp_path / "out") == {"fused.png"}
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out/fused.png")), expected(*pair))
@@ -172,7 +173,8 @@ def test_demo(run, tmp_path, model):
     assert (done.returncode, done.stderr) == (0, "")
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(
-        r"fused picture: out/demo/fused\.png \(\d+\.\d\d s a frame, 640x480, \d+ threads?, model maximum \(as asked for\), backend .*\)", last
+        r"fused picture: out/demo/fused\.png \(\d+\.\d\d s a frame, 640x480, \d+ threads?, model maximum \(as asked for\), backend .*\)",
+        last,
     )
     assert files(tmp_path) == {f"out/demo/{name}.png" for name in ("infrared", "visible", "fused", "side_by_side")}
     assert cv2.imread(str(tmp_path / "out/demo/fused.png")).shape == (480, 640, 3)

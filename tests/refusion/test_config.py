@@ -10,6 +10,7 @@ import pytest
 from refusion.config import FIELDS, RECIPES, TrainConfig, add_flags, from_flags, read_toml
 from refusion.records import write_config
 from runtime.errors import InputError
+from runtime.tasks import TASKS
 
 
 def parse(*flags: str) -> TrainConfig:
@@ -39,9 +40,26 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config.epochs, config.crop, config.lr, config.batch_size) == (7, 48, 1.0, 2)
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_are_valid(recipe: Path) -> None:
-    assert TrainConfig(**read_toml(recipe)).task == recipe.stem
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("network", ["full", "lite"])
+def test_recipe_is_the_network_s_and_the_task_s(network: str, task: str) -> None:
+    config = parse("--recipe", "--network", network, "--task", task, "--epochs", "3")
+    for name in (network, task):
+        for key, value in read_toml(RECIPES / f"{name}.toml").items():
+            assert getattr(config, key) == value or key == "epochs"
+    assert (config.network, config.task, config.epochs) == (network, task, 3)
+
+
+def test_a_task_s_recipe_changes_only_what_a_task_may() -> None:
+    for task in TASKS:
+        assert set(read_toml(RECIPES / f"{task}.toml")) <= {
+            "task",
+            "prior",
+            "prior_w",
+            "prior_v",
+            "darken",
+            "gradient_weight",
+        }
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def test_refusals_are_one_line_with_exit_code_2(pairs: Path, tmp_path: Path) -> 
         (tmp_path / "new", ["--data", str(tmp_path / "absent")], "absent"),
         (tmp_path / "new", ["--device", "cuda:0"], "PyTorch sees no CUDA GPU"),
         (tmp_path / "new", ["--init", "nothing.safetensors"], "no such weights file"),
-        (tmp_path / "new", ["--recipe", "--task", "meif"], "no recipe for task 'meif'"),
+        (tmp_path / "new", ["--teacher", "nothing.safetensors"], "no such weights file"),
+        (tmp_path / "new", ["--network", "lite", "--init", "ivif"], "ivif, a FusionNet; a LiteNet is trained"),
     ):
         if "cuda" in words.lower() and torch.cuda.is_available():
             continue

@@ -1,0 +1,129 @@
+"""The lite network: what its output is made of, any size, and its distillation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refusion import FusionNet, LiteNet
+from refusion.config import TrainConfig
+from refusion.losses import distillation_loss
+from refusion.train import train
+from refusion.weights import load_network, save_weights
+from runtime.errors import InputError
+
+
+@pytest.fixture
+def net() -> LiteNet:
+    """Random weights, the head's too, large enough for maps that vary over their whole range."""
+    torch.manual_seed(0)
+    net = LiteNet().eval()
+    nn.init.normal_(net.head.weight, std=2.0)
+    return net
+
+
+def high_pass(x: Tensor) -> Tensor:
+    blur = torch.tensor([1.0, 2.0, 1.0])
+    kernel = (torch.outer(blur, blur) / 16)[None, None]
+    return x - F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel)
+
+
+def test_size() -> None:
+    assert sum(p.numel() for p in LiteNet().parameters()) < 60_000
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (2, 7, 13), (1, 33, 46)])
+def test_any_size(net: LiteNet, shape: tuple[int, int, int]) -> None:
+    n, height, width = shape
+    a, b = torch.rand(2, n, 1, height, width)
+    with torch.inference_mode():
+        fused = net(a, b)
+    assert fused.shape == a.shape and fused.isfinite().all()
+    assert fused.min() >= 0 and fused.max() <= 1
+
+
+@torch.inference_mode()
+def test_output_is_made_of_the_sources(net: LiteNet) -> None:
+    a, b = torch.rand(2, 1, 1, 40, 52)
+    fused, (w, gain_a, gain_b) = net(a, b), net.maps(a, b)
+    assert w.std() > 0.1 and gain_a.std() > 0.1 and gain_b.std() > 0.1  # or the bounds below say nothing
+    expected = w * a + (1 - w) * b + gain_a * high_pass(a) + gain_b * high_pass(b)
+    torch.testing.assert_close(fused, expected.clamp(0, 1), rtol=0, atol=1e-6)
+    # Between the sources, but for at most once more the detail that is there.
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    room = high_pass(a).abs() + high_pass(b).abs() + 1e-6
+    assert ((fused >= low - room) & (fused <= high + room)).all()
+
+
+@torch.inference_mode()
+def test_invents_nothing_where_the_sources_are_flat(net: LiteNet) -> None:
+    b = torch.rand(1, 1, 32, 32)
+    flat = torch.full_like(b, 0.4)
+    torch.testing.assert_close(net(flat, flat), flat)
+    part = b.clone()
+    part[..., 8:24] = 0.4
+    fused = net(part, flat)
+    torch.testing.assert_close(fused[..., 9:23], flat[..., 9:23])  # whatever its surroundings
+    assert (fused[..., :8] - 0.4).abs().max() > 0.05
+
+
+def test_starts_as_the_average_and_every_parameter_learns() -> None:
+    torch.manual_seed(0)
+    net = LiteNet()
+    a, b = torch.rand(2, 2, 1, 32, 32)
+    torch.testing.assert_close(net(a, b), (a + b) / 2)
+    nn.init.normal_(net.head.weight, std=0.1)
+    for module in net.body:
+        if module.context is not None:
+            nn.init.normal_(module.context.weight, std=0.1)
+    net(a, b).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_distillation_loss() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(1, 1, 24, 24) * 0.8
+    assert distillation_loss(x, x) == 0
+    assert distillation_loss(x + 0.1, x).item() == pytest.approx(0.1, abs=1e-5)  # no gradient differs
+    blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    same_l1 = x + (blurred - x).abs().mean()
+    assert distillation_loss(blurred, x) > 2 * distillation_loss(same_l1, x)
+
+
+def test_learns_what_the_teacher_does_and_is_saved_as_lite(tmp_path: Path) -> None:
+    class Crops:
+        def batch(self, epoch: int, stage: int, step: int, batch_size: int, *, rank: int = 0, world: int = 1):
+            generator = torch.Generator().manual_seed(step % 4)
+            return tuple(torch.rand(2, 1, 1, 32, 32, generator=generator))
+
+        def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
+            return 4
+
+    torch.manual_seed(1)
+    teacher = tmp_path / "teacher.safetensors"
+    save_weights(teacher, FusionNet().state_dict(), {"task": "mif", "network": "FusionNet"})
+    config = TrainConfig(
+        task="mif", network="lite", teacher=str(teacher), distill=10.0, out=str(tmp_path / "run"), epochs=1,
+        fusion_steps=40, meta_steps=2, lr=1e-2, exchange=False, threads=1, log_every=1,
+    )  # fmt: skip
+    train(config, Crops())
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    distances = [r["distillation_loss"] for r in map(json.loads, lines) if "distillation_loss" in r]
+    assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
+    net, metadata = load_network(tmp_path / "run" / "last.safetensors")
+    assert isinstance(net, LiteNet) and (metadata["network"], metadata["task"]) == ("LiteNet", "mif")
+    with pytest.raises(InputError, match="the weights of a LiteNet, not of a FusionNet"):
+        FusionNet.from_pretrained(tmp_path / "run" / "last.safetensors")
+    with pytest.raises(InputError, match="the weights of a FusionNet, not of a LiteNet"):
+        LiteNet.from_pretrained(teacher)
+
+
+def test_unknown_network_is_one_line(tmp_path: Path) -> None:
+    save_weights(tmp_path / "x.safetensors", LiteNet().state_dict(), {"network": "HugeNet"})
+    with pytest.raises(InputError, match="the weights of a 'HugeNet', this release knows FusionNet, LiteNet"):
+        load_network(tmp_path / "x.safetensors")
