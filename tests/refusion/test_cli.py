@@ -113,7 +113,8 @@ def test_fuse_two_files(run, tmp_path, model, pair):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.fullmatch(
-        r"fused picture: out/fused\.png \(\d+\.\d\d s a pair, .*, 1 thread, model maximum \(as asked for\), backend onnxruntime.*\)\n",
+        r"fused picture: out/fused\.png \(\d+\.\d\d s a pair, .*, 1 thread, model maximum "
+        r"\(as asked for\), backend onnxruntime.*\)\n",
         done.stdout,
     )
     assert files(tmp_path / "out") == {"fused.png"}
@@ -173,7 +174,8 @@ def test_demo(run, tmp_path, model):
     assert (done.returncode, done.stderr) == (0, "")
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(
-        r"fused picture: out/demo/fused\.png \(\d+\.\d\d s a frame, 640x480, \d+ threads?, model maximum \(as asked for\), backend .*\)",
+        r"fused picture: out/demo/fused\.png \(\d+\.\d\d s a frame, 640x480, \d+ threads?, model maximum "
+        r"\(as asked for\), backend .*\)",
         last,
     )
     assert files(tmp_path) == {f"out/demo/{name}.png" for name in ("infrared", "visible", "fused", "side_by_side")}
