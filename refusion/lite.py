@@ -3,11 +3,12 @@
 It does not draw the fused image: it decides, pixel by pixel, how much of each source goes in and how far the detail of
 each is raised or lowered. So every structure of the output is one of a source, and none is invented.
 
-    fused = w a + (1 - w) b + g_a h(a) + g_b h(b),  w = sigmoid(l + s (a - b)),  g in (-1, 1)
+    fused = w a + (1 - w) b + sum over bands k of g_ak h_k(a) + g_bk h_k(b),  w = sigmoid(l + s (a - b)),  g in (-1, 1)
 
-h(x) is x less its 3x3 binomial blur. The maps l, s, g_a, g_b come from a network that works at a half and a quarter of
-the resolution, with depthwise and 1x1 convolutions and one global mean, and are brought to full resolution by
-pixel-shuffle.
+h_k(x) are bands of detail: x less its 3x3 binomial blur, that blur less a wider one, and so on, so that they and the
+last blur sum to x. The maps l, s and g come from a network that works at a half and a quarter of the resolution, with
+depthwise and 1x1 convolutions and global means, and are interpolated to full resolution; the term s (a - b) is what
+follows edges to the pixel.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAPS = 4  # l, s, g_a, g_b
+BANDS = 3  # of detail; the blur of band k has taps 2^k pixels apart
+MAPS = 2 + 2 * BANDS  # l, s, then for each band g_a and g_b
 
 
 class InvertedBlock(nn.Module):
@@ -54,37 +56,40 @@ class LiteNet(nn.Module):
         self.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels)
         self.widen = nn.Conv2d(channels, wide, 1)
         self.body = nn.Sequential(*(InvertedBlock(wide, context=i < depth - 1) for i in range(depth)))
-        self.up = nn.Conv2d(wide, 4 * channels, 1)
+        self.narrow = nn.Conv2d(wide, channels, 1)
         self.after = InvertedBlock(channels)
-        self.head = nn.Conv2d(channels, 4 * MAPS, 1)
+        self.head = nn.Conv2d(channels, MAPS, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
-        blur = torch.tensor([1.0, 2.0, 1.0])
-        high_pass = -torch.outer(blur, blur) / 16
-        high_pass[1, 1] += 1
-        self.register_buffer("high_pass", high_pass.expand(2, 1, 3, 3).clone(), persistent=False)
+        blur = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("blur", torch.outer(blur, blur).expand(2, 1, 3, 3).clone(), persistent=False)
 
-    high_pass: Tensor
+    blur: Tensor
 
-    def maps(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight of a, (N, 1, H, W) in (0, 1), and gains of the detail of a and of b, (N, 1, H, W) in (-1, 1)."""
-        height, width = a.shape[2:]
-        sources = torch.cat((a, b), 1)
-        x = self.before(self.stem(sources).relu())  # (N, C, H/2, W/2), rounded up
+    def maps(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight of a, (N, 1, H, W) in (0, 1), and gains of the bands of a and b, (N, 2 BANDS, H, W) in (-1, 1)."""
+        x = self.before(self.stem(torch.cat((a, b), 1)).relu())  # (N, C, H/2, W/2), rounded up
         y = self.body(self.widen(self.down(x)).relu())  # (N, wide, H/4, W/4)
-        x = x + F.pixel_shuffle(self.up(y), 2)[..., : x.shape[2], : x.shape[3]]
-        x = F.pixel_shuffle(self.head(self.after(x)), 2)[..., :height, :width]  # (N, MAPS, H, W)
-        logit, slope, gain_a, gain_b = x.chunk(MAPS, 1)
-        weight = (logit + slope * (10 * (a - b))).sigmoid()
-        return weight, gain_a.tanh(), gain_b.tanh()
+        x = x + F.interpolate(self.narrow(y), size=x.shape[2:], mode="bilinear")
+        x = F.interpolate(self.head(self.after(x)), size=a.shape[2:], mode="bilinear")  # (N, MAPS, H, W)
+        weight = (x[:, :1] + x[:, 1:2] * (10 * (a - b))).sigmoid()
+        return weight, x[:, 2:].tanh()
+
+    def bands(self, a: Tensor, b: Tensor) -> Tensor:
+        """h_k of a and of b, band by band: (N, 2 BANDS, H, W). Edges are repeated, else borders would be detail."""
+        x, bands = torch.cat((a, b), 1), []
+        for k in range(BANDS):
+            reach = 2**k
+            padded = F.pad(x, (reach,) * 4, mode="replicate")
+            blurred = F.conv2d(padded, self.blur, groups=2, dilation=reach)
+            bands.append(x - blurred)
+            x = blurred
+        return torch.cat(bands, 1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        weight, gain_a, gain_b = self.maps(a, b)
-        # Edges are repeated, or the border would look like detail.
-        sources = F.pad(torch.cat((a, b), 1), (1, 1, 1, 1), mode="replicate")
-        detail_a, detail_b = F.conv2d(sources, self.high_pass, groups=2).chunk(2, 1)
-        fused = b + weight * (a - b) + gain_a * detail_a + gain_b * detail_b
-        return fused.clamp(0, 1)
+        weight, gains = self.maps(a, b)
+        detail = (gains * self.bands(a, b)).sum(1, keepdim=True)
+        return (b + weight * (a - b) + detail).clamp(0, 1)
 
     @staticmethod
     def from_pretrained(name: str | Path) -> LiteNet:
