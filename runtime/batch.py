@@ -14,7 +14,7 @@ from runtime.errors import InputError
 from runtime.fuser import Fuser
 from runtime.images import Pair, check_writable, find_pairs, read_image, refuse_or_skip, write_image
 from runtime.panel import side_by_side
-from runtime.scenes import night_road
+from runtime.scenes import FRAMES_PER_SECOND, night_road
 from runtime.tasks import TASKS
 
 FORMATS = ("png", "jpg", "tiff")
@@ -188,3 +188,34 @@ def fuse_scene(fuser: Fuser, out: str | Path) -> tuple[Path, Path, float]:
     panel = out / "side_by_side.png"
     write_image(panel, side_by_side(pictures))
     return out / "fused.png", panel, sorted(times)[1]
+
+
+def fuse_clip(fuser: Fuser, path: str | Path, seconds: float = 4.0) -> float:
+    """Fuse the generated night road as a clip: a video of infrared, visible and fused side by side.
+
+    Args:
+        fuser: the model and its policies.
+        path: the video, .mp4 or .mkv.
+        seconds: length of the clip.
+
+    Returns:
+        The median of the seconds that fusing one frame took.
+
+    Raises:
+        InputError: the video can't be written.
+    """
+    from runtime.frames import FusedFrame
+    from runtime.sinks.base import temporary_beside
+    from runtime.sinks.video import OpenCvVideo
+
+    path = Path(path)
+    video, times = OpenCvVideo(path, temporary_beside(path), FRAMES_PER_SECOND), []
+    for i in tqdm(range(round(seconds * FRAMES_PER_SECOND)), "clip", unit="frame", disable=None, leave=False):
+        infrared, visible = night_road(i)
+        start = time.perf_counter()
+        fused = fuser(infrared, visible)
+        times.append(time.perf_counter() - start)
+        picture = side_by_side({"infrared": infrared, "visible": visible, "fused": fused})
+        video.write(FusedFrame(picture, None, None, "fused", 0.0, 0.0, False, i / FRAMES_PER_SECOND, i))
+    video.finish()
+    return sorted(times)[len(times) // 2]

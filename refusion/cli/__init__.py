@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from refusion import __version__
+from refusion.cli.bench import add_bench_parser
 from refusion.cli.evaluation import add_eval_parser
 from refusion.cli.live import add_stream_parser
 from refusion.cli.parsing import Subparsers
@@ -26,6 +27,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_eval_parser,
     add_train_parser,
     add_stream_parser,
+    add_bench_parser,
 )
 
 

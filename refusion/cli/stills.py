@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refusion.cli.parsing import Subparsers
@@ -46,7 +47,8 @@ def add_demo_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="fuse a generated scene, a night road in infrared and visible",
-        description="Render a night road as an infrared and a visible camera see it, fuse both, write the pictures.",
+        description="Render a night road as an infrared and a visible camera see it, fuse a still with the full "
+        "network and a short clip with the lite one, and write pictures and video.",
     )
     parser.set_defaults(run=run_demo)
     parser.add_argument("-o", "--out", default="out/demo", help="folder (default: %(default)s)")
@@ -54,13 +56,18 @@ def add_demo_parser(subparsers: Subparsers) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from runtime.batch import fuse_scene
+    from runtime.batch import fuse_clip, fuse_scene
     from runtime.scenes import SIZE
 
     fuser = _fuser(args, warm_size=SIZE)
     fused, panel, seconds = fuse_scene(fuser, args.out)
     height, width = SIZE
     print(f"sources and result in one: {panel}")
+    live = _fuser(args, warm_size=SIZE, live=True)
+    live.range = "smooth" if args.range == "stretch" else args.range  # a video would flicker
+    clip = Path(args.out) / "clip.mp4"
+    frame_seconds = fuse_clip(live, clip)
+    print(f"clip: {clip} ({1 / frame_seconds:.0f} frames/s, {width}x{height}, {_describe(live)})")
     print(f"fused picture: {fused} ({seconds:.2f} s a frame, {width}x{height}, {_describe(fuser)})")
 
 
@@ -103,13 +110,14 @@ def _add_fuser_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
 
 
-def _fuser(args: argparse.Namespace, warm_size: tuple[int, int] | None = None) -> Fuser:
+def _fuser(args: argparse.Namespace, *, warm_size: tuple[int, int] | None = None, live: bool = False) -> Fuser:
     from runtime import Fuser
 
     fuser = Fuser(
         args.task or "ivif",
         model=args.model,
         backend=args.backend,
+        live=live,
         threads=args.threads,
         range=args.range,
         chroma=args.chroma,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from refusion import FusionNet, LiteNet
 from refusion.config import TrainConfig
-from refusion.lite import BANDS
+from refusion.lite import BANDS, LARGEST_GAIN
 from refusion.losses import distillation_loss
 from refusion.train import train
 from refusion.weights import load_network, save_weights
@@ -58,11 +58,11 @@ def test_output_is_made_of_the_sources(net: LiteNet) -> None:
     a, b = torch.rand(2, 1, 1, 40, 52)
     fused, (w, gains) = net(a, b), net.maps(a, b)
     assert w.std() > 0.1 and gains.std() > 0.1  # or the bounds below say nothing
-    assert gains.abs().max() <= 1
+    assert gains.abs().max() <= LARGEST_GAIN
     detail = sum(gains[:, i::2] * bands(x) for i, x in enumerate((a, b))).sum(1, keepdim=True)
     torch.testing.assert_close(fused, (w * a + (1 - w) * b + detail).clamp(0, 1), rtol=0, atol=1e-6)
-    # Between the sources, but for at most once more the detail that is there.
-    room = (bands(a).abs() + bands(b).abs()).sum(1, keepdim=True) + 1e-6
+    # Between the sources, but for at most LARGEST_GAIN times the detail that is there.
+    room = LARGEST_GAIN * (bands(a).abs() + bands(b).abs()).sum(1, keepdim=True) + 1e-6
     assert ((fused >= torch.minimum(a, b) - room) & (fused <= torch.maximum(a, b) + room)).all()
 
 
