@@ -1,18 +1,20 @@
-"""The fusion network as it is deployed: the same function as refusion.FusionNet, in the form that engines run best.
+"""The fusion networks as they are deployed: the same functions as those of refusion, in the form that engines run best.
 
-Against the network that is trained: features stay in NCHW, so that nothing is transposed; the affine part of each layer
-norm is folded into the convolution after it; every split of channels is two or three convolutions instead of one and a
-copy. With `half`, weights and features are float16 and what needs range or precision is computed in float32: layer norm
-statistics, sums over H*W (norms and Gram matrices), softmax, the last sigmoid.
+Against the full network that is trained: features stay in NCHW, so that nothing is transposed; the affine part of each
+layer norm is folded into the convolution after it; every split of channels is two or three convolutions instead of one
+and a copy. With `half`, weights and features are float16 and what needs range or precision is an island of float32.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from refusion.lite import InvertedBlock, LiteNet
 from refusion.model import (
     HEADS,
     AttentionFusion,
@@ -22,6 +24,27 @@ from refusion.model import (
     GatedFeedForward,
     TransformerBlock,
 )
+
+#: What a float16 network computes in float32. FusionNet: the sums over H*W are the attention's norms and Gram matrices.
+ISLANDS = {
+    "FusionNet": ("layer norm", "sums over H*W", "softmax", "output"),
+    "LiteNet": ("mean over H*W", "output"),
+}
+
+
+class _Types(NamedTuple):
+    """Types of the islands of the full network."""
+
+    norm: torch.dtype
+    sums: torch.dtype
+    softmax: torch.dtype
+    output: torch.dtype
+
+
+def _island_types(network: str, half: bool, islands: Collection[str] | None) -> list[torch.dtype]:
+    """Type of each of ISLANDS[network]: float32, or float16 for those left out."""
+    kept = ISLANDS[network] if islands is None else islands
+    return [torch.float16 if half and name not in kept else torch.float32 for name in ISLANDS[network]]
 
 
 class _Branch(nn.Module):
@@ -56,15 +79,16 @@ class _Normalize(nn.Module):
     mean over the channel axis costs a pass and a change of layout (a tenth of the whole network on a CPU).
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, statistics: torch.dtype):
         super().__init__()
+        self.statistics = statistics
         centre = torch.eye(channels) - 1 / channels
         self.centre = nn.Conv2d(channels, channels, 1, bias=False)
         self.centre.weight.data = centre[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         centred = self.centre(x)
-        wide = centred.float()
+        wide = centred.to(self.statistics)
         return (wide * torch.rsqrt((wide * wide).mean(1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
@@ -80,30 +104,32 @@ class _Attend(nn.Module):
     mask: Tensor
     projection: Tensor
 
-    def __init__(self, temperature: Tensor, projection: nn.Conv2d):
+    def __init__(self, temperature: Tensor, projection: nn.Conv2d, sums: torch.dtype, softmax: torch.dtype):
         super().__init__()
+        self.sums, self.softmax = sums, softmax
         channels = projection.in_channels
         head = torch.arange(channels) // (channels // HEADS)
-        self.register_buffer("scale", temperature.detach().flatten()[head][:, None].clone())
         mask = torch.where(head[:, None] == head, 0.0, float("-inf"))
-        self.register_buffer("mask", mask)
-        self.register_buffer("projection", projection.weight.detach().flatten(1).clone())
+        self.register_buffer("scale", temperature.detach().flatten()[head][:, None].to(softmax, copy=True))
+        self.register_buffer("mask", mask.to(softmax))
+        self.register_buffer("projection", projection.weight.detach().flatten(1).to(softmax, copy=True))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = q.flatten(2).float(), k.flatten(2).float()
+        q, k = q.flatten(2).to(self.sums), k.flatten(2).to(self.sums)
         gram = q @ k.transpose(1, 2)
         q_norm, k_norm = (x.square().sum(2, keepdim=True).clamp_min(1e-24).sqrt() for x in (q, k))
-        attention = (gram / (q_norm * k_norm.transpose(1, 2)) * self.scale + self.mask).softmax(2)
+        cosine = (gram / (q_norm * k_norm.transpose(1, 2))).to(self.softmax)
+        attention = (cosine * self.scale + self.mask).softmax(2)
         matrix = (self.projection @ attention).to(v.dtype)
         return (matrix @ v.flatten(2)).reshape(v.shape)
 
 
 class _Attention(nn.Module):
-    def __init__(self, norm: ChannelLayerNorm, attention: ChannelAttention):
+    def __init__(self, norm: ChannelLayerNorm, attention: ChannelAttention, types: _Types):
         super().__init__()
-        self.normalize = _Normalize(attention.qkv.in_channels)
+        self.normalize = _Normalize(attention.qkv.in_channels, types.norm)
         self.qkv = _branches(attention.qkv, attention.qkv_depthwise, 3, norm)
-        self.attend = _Attend(attention.temperature, attention.projection)
+        self.attend = _Attend(attention.temperature, attention.projection, types.sums, types.softmax)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.normalize(x)
@@ -111,9 +137,9 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, norm: ChannelLayerNorm, feed_forward: GatedFeedForward):
+    def __init__(self, norm: ChannelLayerNorm, feed_forward: GatedFeedForward, types: _Types):
         super().__init__()
-        self.normalize = _Normalize(feed_forward.expand.in_channels)
+        self.normalize = _Normalize(feed_forward.expand.in_channels, types.norm)
         self.branches = _branches(feed_forward.expand, feed_forward.depthwise, 2, norm)
         self.projection = feed_forward.projection
 
@@ -124,10 +150,10 @@ class _FeedForward(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, block: TransformerBlock):
+    def __init__(self, block: TransformerBlock, types: _Types):
         super().__init__()
-        self.attention = _Attention(block.norm1, block.attention)
-        self.feed_forward = _FeedForward(block.norm2, block.feed_forward)
+        self.attention = _Attention(block.norm1, block.attention, types)
+        self.feed_forward = _FeedForward(block.norm2, block.feed_forward, types)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
@@ -135,12 +161,12 @@ class _Block(nn.Module):
 
 
 class _Fusion(nn.Module):
-    def __init__(self, fusion: AttentionFusion):
+    def __init__(self, fusion: AttentionFusion, types: _Types):
         super().__init__()
         self.qkv1 = _branches(fusion.qkv1, fusion.qkv1_depthwise, 3)
         self.qkv2 = _branches(fusion.qkv2, fusion.qkv2_depthwise, 3)
-        self.attend1 = _Attend(fusion.temperature1, fusion.projection1)
-        self.attend2 = _Attend(fusion.temperature2, fusion.projection2)
+        self.attend1 = _Attend(fusion.temperature1, fusion.projection1, types.sums, types.softmax)
+        self.attend2 = _Attend(fusion.temperature2, fusion.projection2, types.sums, types.softmax)
         self.gates = _branches(fusion.gate, fusion.gate_depthwise, 2)
         self.expand1 = _branches(fusion.expand1, fusion.expand1_depthwise, 1)[0]
         self.expand2 = _branches(fusion.expand2, fusion.expand2_depthwise, 1)[0]
@@ -161,27 +187,100 @@ class _Fusion(nn.Module):
 class DeployedNet(nn.Module):
     """forward(a, b): (N, 1, H, W) float32 in [0, 1] -> fused (N, 1, H, W) float32 in (0, 1), as `net` computes it.
 
-    half: float16 weights and features with the float32 islands named above; inputs and output stay float32.
+    half: float16 weights and features with islands of float32, those of ISLANDS or some of them; inputs and output stay
+        float32.
     """
 
-    def __init__(self, net: FusionNet, *, half: bool = False):
+    def __init__(self, net: FusionNet, *, half: bool = False, islands: Collection[str] | None = None):
         super().__init__()
         net = copy.deepcopy(net)
         self.dtype = torch.float16 if half else torch.float32
+        types = _Types(*_island_types("FusionNet", half, islands))
+        self.output_type = types.output
         self.stem1, self.stem2 = net.stem1, net.stem2
         self.encoder1, self.encoder2, self.decoder = (
-            nn.Sequential(*(_Block(block) for block in blocks))  # type: ignore[arg-type]
+            nn.Sequential(*(_Block(block, types) for block in blocks))  # type: ignore[arg-type]
             for blocks in (net.encoder1, net.encoder2, net.decoder)
         )
-        self.fusion = _Fusion(net.fusion)
+        self.fusion = _Fusion(net.fusion, types)
         self.reduce, self.output = net.reduce, net.output
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # what the attention holds beside them stays float32
-                module.to(self.dtype)
-        self.eval()
+        _convert_convolutions(self, self.dtype)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         x1, x2 = self.stem1(a.to(self.dtype)), self.stem2(b.to(self.dtype))
         x = self.decoder(self.fusion(self.encoder1(x1), self.encoder2(x2)))
         x = nn.functional.leaky_relu(self.reduce(x), 0.01)
-        return self.output(x).float().sigmoid()
+        return self.output(x).to(self.output_type).sigmoid().float()
+
+
+def _convert_convolutions(net: nn.Module, dtype: torch.dtype) -> None:
+    """Convolutions alone: what stands beside them has the type of its island."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    net.eval()
+
+
+class _LiteBlock(nn.Module):
+    """refusion.lite.InvertedBlock with the type of its mean chosen."""
+
+    def __init__(self, block: InvertedBlock, mean: torch.dtype):
+        super().__init__()
+        self.mean = mean
+        self.depthwise, self.expand, self.project = block.depthwise, block.expand, block.project
+        self.context = block.context
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(self.depthwise(x)).relu()
+        if self.context is not None:
+            mean = y.to(self.mean).mean((2, 3), keepdim=True).to(y.dtype)
+            y = y * (2 * self.context(mean).sigmoid())
+        return x + self.project(y)
+
+
+class DeployedLite(nn.Module):
+    """forward(a, b): (N, 1, H, W) float32 in [0, 1] -> fused (N, 1, H, W) float32 in [0, 1], as `net` computes it.
+
+    half: as in DeployedNet; the island "output" is the sum of the weighted sources and their detail.
+    """
+
+    def __init__(self, net: LiteNet, *, half: bool = False, islands: Collection[str] | None = None):
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        self.dtype = torch.float16 if half else torch.float32
+        mean, self.output_type = _island_types("LiteNet", half, islands)
+        for name, block in list(self.net.named_modules()):
+            if isinstance(block, InvertedBlock):
+                self.net.set_submodule(name, _LiteBlock(block, mean))
+        self.net.blur = self.net.blur.to(self.output_type)
+        _convert_convolutions(self, self.dtype)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        maps = self.net.maps(a.to(self.dtype), b.to(self.dtype))
+        weight, gains = (x.to(self.output_type) for x in maps)
+        a, b = a.to(self.output_type), b.to(self.output_type)
+        detail = (gains * self.net.bands(a, b)).sum(1, keepdim=True)
+        return (b + weight * (a - b) + detail).clamp(0, 1).float()
+
+
+def deploy(net: FusionNet | LiteNet, *, half: bool = False, islands: Collection[str] | None = None) -> nn.Module:
+    """The network as it is deployed: forward(a, b) -> fused, see DeployedNet and DeployedLite."""
+    if isinstance(net, FusionNet):
+        return DeployedNet(net, half=half, islands=islands)
+    return DeployedLite(net, half=half, islands=islands)
+
+
+def quantizable(net: nn.Module) -> dict[str, list[str]]:
+    """Units of convolutions that INT8 may take, by name -> the names of their modules.
+
+    The branches that share an input are one unit, as engines merge them. The layer norm's centring and what works on
+    one mean of the whole image are no candidates: they are arithmetic and next to nothing.
+    """
+    units: dict[str, list[str]] = {}
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.Conv2d) or name.endswith((".centre", ".context")):
+            continue
+        *path, last = name.split(".")
+        branch = len(path) > 1 and isinstance(net.get_submodule(".".join(path[:-1])), nn.ModuleList)
+        units.setdefault(".".join([*path[:-1], last]) if branch else name, []).append(name)
+    return units

@@ -1,88 +1,106 @@
-"""FusionNet as an ONNX model: inputs a, b (N, 1, H, W) float32 in [0, 1], output fused, H and W free.
-
-python -m export.onnx ivif -o runtime/models/ivif.onnx     # makes an embedded model from shipped weights
-"""
+"""PyTorch module -> ONNX model: inputs a and b, output fused, sizes fixed or free, with metadata."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import hashlib
 import io
 import logging
-import os
-import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
-from export.network import DeployedNet
+from export.network import deploy
+from refusion.lite import LiteNet
 from refusion.model import FusionNet
-from refusion.weights import load_fusion_net
-from runtime.errors import exit_code
+from refusion.weights import find_weights, load_network
+from runtime.errors import InputError
+from runtime.files import write_whole
+from runtime.tasks import TASKS
 
 OPSET = 18  # ONNX Runtime 1.23 (Python 3.10, JetPack 6) and TensorRT 10.3 read it
+OPSETS = range(18, 23)  # what the exporter writes in IR version 10
 IR_VERSION = 10
 FORMAT_VERSION = "1"
+DYNAMIC = (0, 0)
+
+Size = tuple[int, int]  # height, width; 0 is free
 
 
-def export_onnx(net: FusionNet, path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write the network as an ONNX model with metadata, atomically; batch, height and width stay dynamic.
+def load(weights: str | Path, task: str = "") -> tuple[FusionNet | LiteNet, dict[str, str]]:
+    """Network and metadata of weights by name ("ivif", "ivif-lite") or path (.safetensors, the authors' .pth).
 
-    The file is checked by onnx before it gets its name. Raises RuntimeError where the exporter gave another opset than
-    asked for.
+    Args:
+        weights: name or path.
+        task: what they are for, where the file doesn't say, as the authors' don't.
+
+    Raises:
+        InputError: no such weights, or of another task.
     """
-    model = _trace(net)
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    if opset != OPSET:
-        raise RuntimeError(f"the exporter wrote opset {opset}, expected {OPSET}")
+    net, metadata = load_network(weights)
+    stated = metadata.get("task") or task
+    if task and stated != task:
+        raise InputError(f"the weights {weights} are for task {stated}, not {task}; leave --task out")
+    if stated in TASKS:
+        a, b = TASKS[stated]
+        metadata = {"input_order": f"a = {a}, b = {b}", **metadata, "task": stated}
+    digest = hashlib.sha256(find_weights(weights).read_bytes()).hexdigest()
+    return net, {**metadata, "network": type(net).__name__, "weights_sha256": digest}
+
+
+def trace(
+    network: nn.Module, *, size: Size = DYNAMIC, batch: int = 0, io: str = "luma", opset: int = OPSET
+) -> onnx.ModelProto:
+    """The graph of a module with forward(a, b) -> fused.
+
+    Args:
+        network: (N, 1, H, W) float32 in [0, 1] in and out, or for io "bgr" (N, H, W, 3) uint8.
+        size: (H, W), 0 for a side that stays free.
+        batch: N, 0 to leave it free.
+        io: "luma" or "bgr".
+        opset: one of OPSETS.
+
+    Raises:
+        InputError: another opset, or the exporter of this PyTorch doesn't write it.
+    """
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} is not written here; choose from {OPSETS.start} to {OPSETS.stop - 1}")
+    axes = ("batch", "height", "width", "") if io == "bgr" else ("batch", "", "height", "width")
+    fixed = {"batch": batch, "height": size[0], "width": size[1], "": 3 if io == "bgr" else 1}
+    # A free axis is traced with a number that no other axis has.
+    example = {"batch": 2, "height": 48, "width": 64}
+    shape = [fixed[axis] or example[axis] for axis in axes]
+    free = {i: torch.export.Dim(axis, min=1) for i, axis in enumerate(axes) if not fixed[axis]}
+    dtype = torch.uint8 if io == "bgr" else torch.float32
+    sources = (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+    model = _export(network, sources, (free, free) if free else None, opset)
+    written = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if written != opset:
+        raise InputError(f"this PyTorch's exporter wrote opset {written} in place of {opset}; leave --opset out")
     model.ir_version = IR_VERSION
     _drop_traces(model)
-    onnx.helper.set_model_props(
-        model,
-        {"format_version": FORMAT_VERSION, "opset": str(OPSET), "precision": "fp32", "size": "dynamic", **metadata},
-    )
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    return model
 
 
-def export_weights(weights: str | Path, path: Path) -> Path:
-    """Weights by task name or path (.safetensors, the authors' .pth) -> ONNX model, with the weights' metadata.
-
-    Raises InputError where there are no such weights.
-    """
-    net, metadata = load_fusion_net(weights)
-    return export_onnx(net, path, metadata)
-
-
-def _trace(net: FusionNet) -> onnx.ModelProto:
-    example = torch.rand(2, 2, 1, 48, 64).unbind()
-    batch, height, width = (torch.export.Dim(name, min=1) for name in ("batch", "height", "width"))
-    shape = {0: batch, 2: height, 3: width}
+def _export(network: nn.Module, sources: tuple[torch.Tensor, ...], dynamic: object, opset: int) -> onnx.ModelProto:
     # The exporter tells of its own internals on stdout, in warnings and in its log: none of it is for our users.
     logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category)
         program = torch.onnx.export(
-            DeployedNet(net),
-            example,
+            network,
+            sources,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["a", "b"],
             output_names=["fused"],
-            dynamic_shapes=(shape, shape),
+            dynamic_shapes=dynamic,  # type: ignore[arg-type]
             optimize=True,
             verbose=False,
         )
@@ -101,13 +119,35 @@ def _drop_traces(model: onnx.ModelProto) -> None:
     model.graph.doc_string = ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export.onnx", description="Write weights as an ONNX model.")
-    parser.add_argument("weights", help="task name or file (.safetensors, the authors' .pth)")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the .onnx file")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: print(export_weights(args.weights, args.out)))
+def write_model(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> Path:
+    """Check a model and write it with its metadata, whole or not at all.
+
+    Raises:
+        InputError: it can't be written, a full disk among the reasons.
+    """
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    properties = {**metadata, "format_version": FORMAT_VERSION, "opset": str(opset)}
+    onnx.helper.set_model_props(model, dict(sorted(properties.items())))
+    onnx.checker.check_model(model, full_check=True)
+    write_whole(path, model.SerializeToString(deterministic=True))
+    return path
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def describe_graph(size: Size = DYNAMIC, batch: int = 0, io: str = "luma", precision: str = "fp32") -> dict[str, str]:
+    """The metadata that say what the graph takes."""
+    sides = ["dynamic" if side == 0 else str(side) for side in size]
+    return {
+        "size": "dynamic" if size == DYNAMIC else "x".join(sides),  # height, width
+        "batch": str(batch) if batch else "dynamic",
+        "io": io,
+        "precision": precision,
+    }
+
+
+def export_weights(weights: str | Path, path: Path) -> Path:
+    """Weights by name or path -> float32 ONNX model of any size, as the embedded ones are.
+
+    Raises InputError where there are no such weights, or the file can't be written.
+    """
+    net, metadata = load(weights)
+    return write_model(trace(deploy(net)), path, {**metadata, **describe_graph()})

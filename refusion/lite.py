@@ -3,24 +3,28 @@
 It does not draw the fused image: it decides, pixel by pixel, how much of each source goes in and how far the detail of
 each is raised or lowered. So every structure of the output is one of a source, and none is invented.
 
-    fused = w a + (1 - w) b + sum over bands k of g_ak h_k(a) + g_bk h_k(b),  w = sigmoid(l + s (a - b)),  g in (-1, 1)
+    fused = w a + (1 - w) b + sum over bands k of c_ak h_k(a) + c_bk h_k(b)
+    w = sigmoid(l + s (a - b)),  c_ak = g_ak e_k(a)^2 / (e_k(a)^2 + e_k(b)^2),  |g| < 2
 
-h_k(x) are bands of detail: x less its 3x3 binomial blur, that blur less a wider one, and so on, so that they and the
-last blur sum to x. The maps l, s and g come from a network that works at a half and a quarter of the resolution, with
-depthwise and 1x1 convolutions and global means, and are interpolated to full resolution; the term s (a - b) is what
-follows edges to the pixel.
+h_k(x) are bands of detail: x less its 3x3 binomial blur, and that blur less a wider one. e_k is a band's energy, its
+square blurred: detail comes from the source that has more of it, which a network at low resolution cannot tell to the
+pixel. The maps l, s and g come from a network that works at a half and a quarter of the resolution, with depthwise and
+1x1 convolutions and global means; they and the shares of energy are interpolated to full resolution.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BANDS = 3  # of detail; the blur of band k has taps 2^k pixels apart
+BANDS = 2  # of detail; the blur of band k has taps 2^k pixels apart
 MAPS = 2 + 2 * BANDS  # l, s, then for each band g_a and g_b
+# A source of weight 0 needs 1 to keep its detail; the full network raises it beyond that where the other one has none.
+LARGEST_GAIN = 2.0
 
 
 class InvertedBlock(nn.Module):
@@ -60,20 +64,13 @@ class LiteNet(nn.Module):
         self.after = InvertedBlock(channels)
         self.head = nn.Conv2d(channels, MAPS, 1)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        # At first: the average, with the stronger detail in full.
+        nn.init.zeros_(self.head.bias[:2])  # type: ignore[index]
+        nn.init.constant_(self.head.bias[2:], math.atanh(0.5 / LARGEST_GAIN))  # type: ignore[index]
         blur = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("blur", torch.outer(blur, blur).expand(2, 1, 3, 3).clone(), persistent=False)
+        self.register_buffer("blur", torch.outer(blur, blur).expand(2 * BANDS, 1, 3, 3).clone(), persistent=False)
 
     blur: Tensor
-
-    def maps(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight of a, (N, 1, H, W) in (0, 1), and gains of the bands of a and b, (N, 2 BANDS, H, W) in (-1, 1)."""
-        x = self.before(self.stem(torch.cat((a, b), 1)).relu())  # (N, C, H/2, W/2), rounded up
-        y = self.body(self.widen(self.down(x)).relu())  # (N, wide, H/4, W/4)
-        x = x + F.interpolate(self.narrow(y), size=x.shape[2:], mode="bilinear")
-        x = F.interpolate(self.head(self.after(x)), size=a.shape[2:], mode="bilinear")  # (N, MAPS, H, W)
-        weight = (x[:, :1] + x[:, 1:2] * (10 * (a - b))).sigmoid()
-        return weight, x[:, 2:].tanh()
 
     def bands(self, a: Tensor, b: Tensor) -> Tensor:
         """h_k of a and of b, band by band: (N, 2 BANDS, H, W). Edges are repeated, else borders would be detail."""
@@ -81,15 +78,36 @@ class LiteNet(nn.Module):
         for k in range(BANDS):
             reach = 2**k
             padded = F.pad(x, (reach,) * 4, mode="replicate")
-            blurred = F.conv2d(padded, self.blur, groups=2, dilation=reach)
+            blurred = F.conv2d(padded, self.blur[:2], groups=2, dilation=reach)
             bands.append(x - blurred)
             x = blurred
         return torch.cat(bands, 1)
 
+    def shares(self, bands: Tensor) -> Tensor:
+        """Share of each source in a band's energy, (N, 2 BANDS, H/2, W/2) rounded up, in [0, 1]; 0 without detail."""
+        energy = F.conv2d(bands * bands, self.blur, stride=2, padding=1, groups=2 * BANDS)
+        squared = (energy * energy).unflatten(1, (BANDS, 2))
+        return (squared / (squared.sum(2, keepdim=True) + 1e-12)).flatten(1, 2)
+
+    def maps(self, a: Tensor, b: Tensor) -> Tensor:
+        """l, s and the gains g, (N, MAPS, H/2, W/2) rounded up."""
+        x = self.before(self.stem(torch.cat((a, b), 1)).relu())  # (N, C, H/2, W/2), rounded up
+        y = self.body(self.widen(self.down(x)).relu())  # (N, wide, H/4, W/4)
+        x = x + F.interpolate(self.narrow(y), size=x.shape[2:], mode="bilinear")
+        x = self.head(self.after(x))
+        return torch.cat((x[:, :2], LARGEST_GAIN * x[:, 2:].tanh()), 1)
+
+    def decide(self, a: Tensor, b: Tensor, bands: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight of a, (N, 1, H, W) in (0, 1), and factors c of the bands, (N, 2 BANDS, H, W) in (-2, 2)."""
+        maps = self.maps(a, b)
+        half = torch.cat((maps[:, :2], maps[:, 2:] * self.shares(bands)), 1)
+        full = F.interpolate(half, size=a.shape[2:], mode="bilinear")
+        return (full[:, :1] + full[:, 1:2] * (10 * (a - b))).sigmoid(), full[:, 2:]
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        weight, gains = self.maps(a, b)
-        detail = (gains * self.bands(a, b)).sum(1, keepdim=True)
-        return (b + weight * (a - b) + detail).clamp(0, 1)
+        bands = self.bands(a, b)
+        weight, factors = self.decide(a, b, bands)
+        return (b + weight * (a - b) + (factors * bands).sum(1, keepdim=True)).clamp(0, 1)
 
     @staticmethod
     def from_pretrained(name: str | Path) -> LiteNet:

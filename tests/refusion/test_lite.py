@@ -56,10 +56,10 @@ def test_any_size(net: LiteNet, shape: tuple[int, int, int]) -> None:
 @torch.inference_mode()
 def test_output_is_made_of_the_sources(net: LiteNet) -> None:
     a, b = torch.rand(2, 1, 1, 40, 52)
-    fused, (w, gains) = net(a, b), net.maps(a, b)
-    assert w.std() > 0.1 and gains.std() > 0.1  # or the bounds below say nothing
-    assert gains.abs().max() <= LARGEST_GAIN
-    detail = sum(gains[:, i::2] * bands(x) for i, x in enumerate((a, b))).sum(1, keepdim=True)
+    fused, (w, factors) = net(a, b), net.decide(a, b, net.bands(a, b))
+    assert w.std() > 0.1 and factors.std() > 0.1  # or the bounds below say nothing
+    assert factors.abs().max() <= LARGEST_GAIN
+    detail = sum(factors[:, i::2] * bands(x) for i, x in enumerate((a, b))).sum(1, keepdim=True)
     torch.testing.assert_close(fused, (w * a + (1 - w) * b + detail).clamp(0, 1), rtol=0, atol=1e-6)
     # Between the sources, but for at most LARGEST_GAIN times the detail that is there.
     room = LARGEST_GAIN * (bands(a).abs() + bands(b).abs()).sum(1, keepdim=True) + 1e-6
@@ -79,11 +79,31 @@ def test_invents_nothing_where_the_sources_are_flat(net: LiteNet) -> None:
     assert (fused[..., :10] - 0.4).abs().max() > 0.05
 
 
-def test_starts_as_the_average_and_every_parameter_learns() -> None:
+def test_starts_as_the_average_with_the_stronger_detail() -> None:
+    net = LiteNet()
+    a, flat = torch.rand(1, 1, 32, 32) * 0.5 + 0.25, torch.full((1, 1, 32, 32), 0.5)
+    with torch.inference_mode():
+        fused, swapped = net(a, flat), net(flat, a)
+    torch.testing.assert_close(fused, swapped)
+    torch.testing.assert_close(bands(fused)[:, :1].std(), bands(a)[:, :1].std(), rtol=0.05, atol=0)
+    assert (fused - (a + flat) / 2).mean().abs() < 1e-2
+
+
+@torch.inference_mode()
+def test_detail_comes_from_the_source_that_has_more_of_it(net: LiteNet) -> None:
+    texture = torch.rand(1, 1, 32, 64)
+    left = torch.arange(64) < 32
+    a, b = torch.where(left, texture, 0.5 + 0.05 * texture), torch.where(left, 0.5 + 0.05 * texture, texture)
+    shares = net.shares(net.bands(a, b))
+    assert shares.shape == (1, 2 * BANDS, 16, 32)
+    assert (shares[:, 0::2, :, :12] > 0.99).all() and (shares[:, 1::2, :, 20:] > 0.99).all()
+    assert net.shares(net.bands(a * 0 + 0.3, b * 0 + 0.7)).max() < 1e-6
+
+
+def test_every_parameter_learns() -> None:
     torch.manual_seed(0)
     net = LiteNet()
     a, b = torch.rand(2, 2, 1, 32, 32)
-    torch.testing.assert_close(net(a, b), (a + b) / 2)
     nn.init.normal_(net.head.weight, std=0.1)
     for module in net.body:
         if module.context is not None:
