@@ -241,7 +241,7 @@ class _LiteBlock(nn.Module):
 class DeployedLite(nn.Module):
     """forward(a, b): (N, 1, H, W) float32 in [0, 1] -> fused (N, 1, H, W) float32 in [0, 1], as `net` computes it.
 
-    half: as in DeployedNet; the island "output" is the sum of the weighted sources and their detail.
+    half: as in DeployedNet; the island "output" is what is made of the maps: energies, weights, and their sum.
     """
 
     def __init__(self, net: LiteNet, *, half: bool = False, islands: Collection[str] | None = None):
@@ -256,11 +256,8 @@ class DeployedLite(nn.Module):
         _convert_convolutions(self, self.dtype)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        maps = self.net.maps(a.to(self.dtype), b.to(self.dtype))
-        weight, gains = (x.to(self.output_type) for x in maps)
-        a, b = a.to(self.output_type), b.to(self.output_type)
-        detail = (gains * self.net.bands(a, b)).sum(1, keepdim=True)
-        return (b + weight * (a - b) + detail).clamp(0, 1).float()
+        maps = self.net.maps(a.to(self.dtype), b.to(self.dtype)).to(self.output_type)
+        return self.net.mix(maps, a.to(self.output_type), b.to(self.output_type)).float()
 
 
 def deploy(net: FusionNet | LiteNet, *, half: bool = False, islands: Collection[str] | None = None) -> nn.Module:

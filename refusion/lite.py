@@ -97,17 +97,20 @@ class LiteNet(nn.Module):
         x = self.head(self.after(x))
         return torch.cat((x[:, :2], LARGEST_GAIN * x[:, 2:].tanh()), 1)
 
-    def decide(self, a: Tensor, b: Tensor, bands: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(self, maps: Tensor, a: Tensor, b: Tensor, bands: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of a, (N, 1, H, W) in (0, 1), and factors c of the bands, (N, 2 BANDS, H, W) in (-2, 2)."""
-        maps = self.maps(a, b)
         half = torch.cat((maps[:, :2], maps[:, 2:] * self.shares(bands)), 1)
         full = F.interpolate(half, size=a.shape[2:], mode="bilinear")
         return (full[:, :1] + full[:, 1:2] * (10 * (a - b))).sigmoid(), full[:, 2:]
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def mix(self, maps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The fused image that the maps ask for, from the sources and their detail."""
         bands = self.bands(a, b)
-        weight, factors = self.decide(a, b, bands)
+        weight, factors = self.decide(maps, a, b, bands)
         return (b + weight * (a - b) + (factors * bands).sum(1, keepdim=True)).clamp(0, 1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.mix(self.maps(a, b), a, b)
 
     @staticmethod
     def from_pretrained(name: str | Path) -> LiteNet:

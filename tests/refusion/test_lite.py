@@ -56,7 +56,7 @@ def test_any_size(net: LiteNet, shape: tuple[int, int, int]) -> None:
 @torch.inference_mode()
 def test_output_is_made_of_the_sources(net: LiteNet) -> None:
     a, b = torch.rand(2, 1, 1, 40, 52)
-    fused, (w, factors) = net(a, b), net.decide(a, b, net.bands(a, b))
+    fused, (w, factors) = net(a, b), net.decide(net.maps(a, b), a, b, net.bands(a, b))
     assert w.std() > 0.1 and factors.std() > 0.1  # or the bounds below say nothing
     assert factors.abs().max() <= LARGEST_GAIN
     detail = sum(factors[:, i::2] * bands(x) for i, x in enumerate((a, b))).sum(1, keepdim=True)
