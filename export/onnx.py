@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from export.network import deploy
+from export.options import Graph
 from refusion.lite import LiteNet
 from refusion.model import FusionNet
 from refusion.weights import find_weights, load_network
@@ -22,13 +23,8 @@ from runtime.errors import InputError
 from runtime.files import write_whole
 from runtime.tasks import TASKS
 
-OPSET = 18  # ONNX Runtime 1.23 (Python 3.10, JetPack 6) and TensorRT 10.3 read it
-OPSETS = range(18, 23)  # what the exporter writes in IR version 10
 IR_VERSION = 10
 FORMAT_VERSION = "1"
-DYNAMIC = (0, 0)
-
-Size = tuple[int, int]  # height, width; 0 is free
 
 
 def load(weights: str | Path, task: str = "") -> tuple[FusionNet | LiteNet, dict[str, str]]:
@@ -52,23 +48,17 @@ def load(weights: str | Path, task: str = "") -> tuple[FusionNet | LiteNet, dict
     return net, {**metadata, "network": type(net).__name__, "weights_sha256": digest}
 
 
-def trace(
-    network: nn.Module, *, size: Size = DYNAMIC, batch: int = 0, io: str = "luma", opset: int = OPSET
-) -> onnx.ModelProto:
-    """The graph of a module with forward(a, b) -> fused.
+def trace(network: nn.Module, graph: Graph) -> onnx.ModelProto:
+    """The graph of a module with forward(a, b) -> fused, without any INT8.
 
     Args:
         network: (N, 1, H, W) float32 in [0, 1] in and out, or for io "bgr" (N, H, W, 3) uint8.
-        size: (H, W), 0 for a side that stays free.
-        batch: N, 0 to leave it free.
-        io: "luma" or "bgr".
-        opset: one of OPSETS.
+        graph: its sizes, io and opset.
 
     Raises:
-        InputError: another opset, or the exporter of this PyTorch doesn't write it.
+        InputError: the exporter of this PyTorch doesn't write the opset.
     """
-    if opset not in OPSETS:
-        raise InputError(f"opset {opset} is not written here; choose from {OPSETS.start} to {OPSETS.stop - 1}")
+    size, batch, io, opset = graph.size, graph.batch, graph.io, graph.written_opset
     axes = ("batch", "height", "width", "") if io == "bgr" else ("batch", "", "height", "width")
     fixed = {"batch": batch, "height": size[0], "width": size[1], "": 3 if io == "bgr" else 1}
     # A free axis is traced with a number that no other axis has.
@@ -133,15 +123,20 @@ def write_model(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str])
     return path
 
 
-def describe_graph(size: Size = DYNAMIC, batch: int = 0, io: str = "luma", precision: str = "fp32") -> dict[str, str]:
-    """The metadata that say what the graph takes."""
-    sides = ["dynamic" if side == 0 else str(side) for side in size]
-    return {
-        "size": "dynamic" if size == DYNAMIC else "x".join(sides),  # height, width
-        "batch": str(batch) if batch else "dynamic",
-        "io": io,
-        "precision": precision,
+def describe_graph(graph: Graph) -> dict[str, str]:
+    """The metadata that say what a model takes and is made of."""
+    sides = [str(side) if side else "dynamic" for side in graph.size]
+    described = {
+        "size": "x".join(sides) if any(graph.size) else "dynamic",  # height, width
+        "batch": str(graph.batch) if graph.batch else "dynamic",
+        "io": graph.io,
+        "precision": graph.precision,
     }
+    return described | ({"range": graph.range, "chroma": "auto"} if graph.io == "bgr" else {})
+
+
+#: What the embedded models are, and what weights become to be compared with others.
+ANY_SIZE = Graph("fp32", size=(0, 0), batch=0)
 
 
 def export_weights(weights: str | Path, path: Path) -> Path:
@@ -150,4 +145,4 @@ def export_weights(weights: str | Path, path: Path) -> Path:
     Raises InputError where there are no such weights, or the file can't be written.
     """
     net, metadata = load(weights)
-    return write_model(trace(deploy(net)), path, {**metadata, **describe_graph()})
+    return write_model(trace(deploy(net), ANY_SIZE), path, {**metadata, **describe_graph(ANY_SIZE)})

@@ -14,8 +14,10 @@ from typing import NoReturn
 
 from refusion import __version__
 from refusion.cli.bench import add_bench_parser
+from refusion.cli.deploy import add_export_parser, add_verify_parser
 from refusion.cli.evaluation import add_eval_parser
 from refusion.cli.live import add_stream_parser
+from refusion.cli.machines import add_doctor_parser
 from refusion.cli.parsing import Subparsers
 from refusion.cli.stills import add_demo_parser, add_fuse_parser
 from refusion.cli.training import add_train_parser
@@ -28,6 +30,9 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_train_parser,
     add_stream_parser,
     add_bench_parser,
+    add_doctor_parser,
+    add_export_parser,
+    add_verify_parser,
 )
 
 

@@ -1,0 +1,144 @@
+"""A camera's intrinsics: pixels as they come, and the ideal pixels of a camera without distortion.
+
+Points are pixels (x, y); the centre of the first pixel is (0, 0). Without intrinsics both kinds are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError
+
+Matrix = NDArray[np.float64]  # 3x3
+Points = NDArray[np.float64]  # Nx2
+
+# Name, as ROS has it, -> how many coefficients.
+DISTORTION_MODELS = {"none": (0,), "plumb_bob": (4, 5), "rational_polynomial": (8,), "equidistant": (4,)}
+OUTSIDE = -1e6  # pixel of what the camera can't see
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """Size and, where known, intrinsics.
+
+    Attributes:
+        size: (H, W) in pixels.
+        matrix: 3x3 camera matrix in pixels, or None where the lens is taken as free of distortion.
+        model: a key of DISTORTION_MODELS; "equidistant" is the fisheye model of OpenCV and Kalibr.
+        distortion: coefficients in the order of OpenCV.
+
+    Raises:
+        InputError: an empty size, a matrix that isn't one of a camera, or coefficients that don't fit the model.
+    """
+
+    size: tuple[int, int]
+    matrix: Matrix | None = None
+    model: str = "none"
+    distortion: tuple[float, ...] = ()
+    _reach: float = field(init=False, repr=False, default=np.inf)
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 2:
+            raise InputError(f"camera size {self.size} must be (H, W) of 2 pixels or more")
+        if self.model not in DISTORTION_MODELS:
+            raise InputError(f"unknown distortion model '{self.model}'; known: {', '.join(DISTORTION_MODELS)}")
+        allowed = DISTORTION_MODELS[self.model]
+        if len(self.distortion) not in allowed or not np.isfinite(self.distortion).all():
+            counts = " or ".join(map(str, allowed))
+            raise InputError(f"distortion model {self.model} takes {counts} finite numbers, not {self.distortion}")
+        if self.matrix is None and self.model != "none":
+            raise InputError(f"distortion model {self.model} needs a camera matrix")
+        if self.matrix is not None:
+            matrix = np.asarray(self.matrix, np.float64)
+            if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or min(matrix[0, 0], matrix[1, 1]) <= 0:
+                raise InputError("a camera matrix must be 3x3 with focal lengths above 0 on its diagonal")
+            object.__setattr__(self, "matrix", matrix)
+        if self.is_distorted:
+            object.__setattr__(self, "_reach", self._radius_of_frame())
+
+    @property
+    def is_distorted(self) -> bool:
+        return any(self.distortion)
+
+    def resized(self, size: tuple[int, int], name: str = "the camera") -> Camera:
+        """The same camera delivering pictures of another size (H, W) of the same field of view.
+
+        Raises:
+            InputError: another shape of the picture, which shows another part of the scene.
+        """
+        if size == self.size:
+            return self
+        y, x = size[0] / self.size[0], size[1] / self.size[1]
+        if abs(x / y - 1) > 0.01:
+            raise InputError(
+                f"{name} was calibrated at {self.size[1]}x{self.size[0]} and delivers {size[1]}x{size[0]}, which has "
+                "another aspect ratio; calibrate at that size"
+            )
+        matrix = None if self.matrix is None else scaling(self.size, size) @ self.matrix
+        return replace(self, size=size, matrix=matrix)
+
+    def undistorted(self, pixels: Points) -> Points:
+        """Pixels of the camera -> ideal pixels: Nx2."""
+        if not self.is_distorted:
+            return pixels
+        undistort = cv2.fisheye.undistortPoints if self.model == "equidistant" else cv2.undistortPoints
+        ideal = undistort(pixels[:, None], self.matrix, np.array(self.distortion), P=self.matrix)[:, 0]
+        # OpenCV stops after few iterations; near the corners of a wide lens that leaves tenths of a pixel.
+        for _ in range(4):
+            error = pixels - self._project(ideal)
+            ideal = ideal + np.where(np.linalg.norm(error, axis=1, keepdims=True) < 2, error, 0)
+        return ideal
+
+    def distorted(self, ideal: Points) -> Points:
+        """Ideal pixels -> pixels of the camera: Nx2, far outside the picture for what the lens can't see."""
+        if not self.is_distorted:
+            return ideal
+        # The polynomial turns back beyond the picture's corners: without this, what is outside would appear inside.
+        seen = self._radius(ideal) <= 1.05 * self._reach
+        pixels = np.full_like(ideal, OUTSIDE)
+        pixels[seen] = self._project(ideal[seen])
+        return pixels
+
+    def undistort_image(self, image: np.ndarray) -> np.ndarray:
+        """The picture as the ideal camera of the same matrix and size would see it."""
+        if not self.is_distorted:
+            return image
+        maps = self.distorted(pixel_grid(self.size)).astype(np.float32).reshape(*self.size, 2)
+        return cv2.remap(image, maps, None, cv2.INTER_LINEAR)
+
+    def _project(self, ideal: Points) -> Points:
+        assert self.matrix is not None
+        rays = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.matrix).T
+        project = cv2.fisheye.projectPoints if self.model == "equidistant" else cv2.projectPoints
+        still, coefficients = np.zeros(3), np.array(self.distortion)
+        if self.model == "equidistant":
+            return project(rays[:, None], still, still, self.matrix, coefficients)[0].reshape(-1, 2)
+        return project(rays, still, still, self.matrix, coefficients)[0].reshape(-1, 2)
+
+    def _radius(self, ideal: Points) -> NDArray[np.float64]:
+        """Tangent of the angle from the optical axis."""
+        assert self.matrix is not None
+        rays = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.matrix).T
+        return np.hypot(rays[:, 0], rays[:, 1])
+
+    def _radius_of_frame(self) -> float:
+        height, width = self.size
+        x, y = np.linspace(0, width - 1, 9), np.linspace(0, height - 1, 9)
+        border = [(u, v) for u in x for v in y if u in (x[0], x[-1]) or v in (y[0], y[-1])]
+        return float(self._radius(self.undistorted(np.array(border))).max())
+
+
+def pixel_grid(size: tuple[int, int]) -> Points:
+    """Every pixel of a picture of size (H, W), row by row: (H W)x2."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    return np.column_stack((x.ravel(), y.ravel())).astype(np.float64)
+
+
+def scaling(old: tuple[int, int], new: tuple[int, int]) -> Matrix:
+    """Matrix from the pixels of a picture of size `old` (H, W) to those of the same picture in size `new`."""
+    y, x = new[0] / old[0], new[1] / old[1]
+    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
