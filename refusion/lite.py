@@ -87,7 +87,8 @@ class LiteNet(nn.Module):
         """Share of each source in a band's energy, (N, 2 BANDS, H/2, W/2) rounded up, in [0, 1]; 0 without detail."""
         energy = F.conv2d(bands * bands, self.blur, stride=2, padding=1, groups=2 * BANDS)
         squared = (energy * energy).unflatten(1, (BANDS, 2))
-        return (squared / (squared.sum(2, keepdim=True) + 1e-12)).flatten(1, 2)
+        # A floor, not a sum: the ONNX optimiser takes 1e-12 for 0 and drops its addition.
+        return (squared / squared.sum(2, keepdim=True).clamp_min(1e-12)).flatten(1, 2)
 
     def maps(self, a: Tensor, b: Tensor) -> Tensor:
         """l, s and the gains g, (N, MAPS, H/2, W/2) rounded up."""

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from refusion import __version__
 from refusion.cli.bench import add_bench_parser
+from refusion.cli.calibration import add_calibrate_parser
 from refusion.cli.deploy import add_export_parser, add_verify_parser
 from refusion.cli.evaluation import add_eval_parser
 from refusion.cli.live import add_stream_parser
@@ -29,6 +30,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_eval_parser,
     add_train_parser,
     add_stream_parser,
+    add_calibrate_parser,
     add_bench_parser,
     add_doctor_parser,
     add_export_parser,
