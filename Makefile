@@ -27,7 +27,7 @@ $(DEV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
-	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,stream,mcap,webrtc,openvino,dev]'
+	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,rtx,stream,mcap,webrtc,openvino,dev]'
 	touch $@
 
 clean:

@@ -17,6 +17,8 @@ from export.options import DEFAULT_SIZE, FORMATS, Engine, Graph, Int8, Size
 from runtime.errors import InputError, exit_code
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from refusion.lite import LiteNet
     from refusion.model import FusionNet
 
@@ -144,13 +146,14 @@ def make_onnx(
     from export.precision import insert_quantisation
 
     net, metadata = load(checkpoint, task)
+    network = deploy(net, half=graph.half)
     limits: dict[str, float] = {}
     if graph.precision == "int8":
-        limits, stated = _choose_int8(net, metadata.get("task", ""), graph.int8, sensitivity)
+        equalised, limits, stated = _choose_int8(net, metadata.get("task", ""), graph.int8, sensitivity)
+        network.load_state_dict(equalised.state_dict())
         metadata = {**metadata, **stated}
     elif sensitivity and graph.half:
         sensitivity(_island_table(net, graph.int8))
-    network = deploy(net, half=graph.half)
     if graph.io == "bgr":
         network = PictureNet(network, stretch=graph.range == "stretch")
         limits = {f"network.{name}": limit for name, limit in limits.items()}
@@ -162,11 +165,11 @@ def make_onnx(
 
 def _choose_int8(
     net: FusionNet | LiteNet, task: str, int8: Int8, sensitivity: Callable[[str], None] | None
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Limits of the inputs of the convolutions that become INT8, and what the metadata say of it."""
+) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
+    """The float32 network as INT8 wants it, limits of the inputs of what becomes INT8, and what the metadata say."""
     from export.calibrate import crop, generated_pairs, input_limits, read_pairs
     from export.network import deploy, quantizable
-    from export.precision import choose
+    from export.precision import choose, equalise
 
     if int8.calibration is not None:
         pairs = read_pairs(int8.calibration, skip_bad=int8.skip_bad)
@@ -178,6 +181,7 @@ def _choose_int8(
         raise InputError("INT8 needs pictures of the task: give --calibration DIR, with sub-folders a and b")
     network = deploy(net)
     names = [name for unit in quantizable(network).values() for name in unit]
+    equalise(network, pairs)
     limits = input_limits(network, names, pairs, int8.method)
     choice = choose(network, limits, crop(_spread(pairs), SWEEP_CROP), int8.floor)
     if sensitivity:
@@ -188,7 +192,7 @@ def _choose_int8(
         "int8_work": f"{100 * choice.work:.0f} %",  # of their multiplications
         "int8_remainder": int8.remainder,
     }
-    return {name: limits[name] for name in choice.convolutions}, stated
+    return network, {name: limits[name] for name in choice.convolutions}, stated
 
 
 def _island_table(net: FusionNet | LiteNet, int8: Int8) -> str:

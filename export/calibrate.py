@@ -6,7 +6,7 @@ memory does not grow with the number of pictures. Limits are symmetric: int8 has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,35 +121,50 @@ def _divergence(counts: NDArray[np.float64], bins: int) -> float:
     return float((p[held] * np.log(p[held] / np.maximum(q[held], 1e-12))).sum())
 
 
-@torch.inference_mode()
 def input_limits(
-    network: nn.Module, convolutions: Sequence[str], pairs: Iterable[tuple[Tensor, Tensor]], method: str = "percentile"
+    network: nn.Module, convolutions: Sequence[str], pairs: Pairs, method: str = METHODS[0]
 ) -> dict[str, float]:
     """The limit of each named convolution's input over the calibration pairs.
 
     Args:
         network: forward(a, b) of luma, in float32.
         convolutions: names of its modules.
-        pairs: from `read_pairs` or `generated_pairs`.
+        pairs: of `read_pairs` or `generated_pairs`.
         method: one of METHODS.
-
-    Raises:
-        InputError: an unknown method.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown calibration method '{method}'; choose from {', '.join(METHODS)}")
     histograms = {name: Histogram() for name in convolutions}
+    modules = {network.get_submodule(name): histogram.add for name, histogram in histograms.items()}
+    _watch_inputs(network, modules, pairs, "calibrating")
+    # A source that is black throughout has no scale: any will do.
+    return {name: histogram.limit(method) or 1.0 for name, histogram in histograms.items()}
+
+
+def largest_channels(network: nn.Module, convolutions: Sequence[nn.Module], pairs: Pairs) -> list[Tensor]:
+    """Largest absolute value of each channel of the inputs of some convolutions: (C,) each."""
+    largest: list[Tensor] = [torch.zeros(()) for _ in convolutions]
+
+    def take(i: int) -> Callable[[Tensor], None]:
+        def keep(values: Tensor) -> None:
+            largest[i] = torch.maximum(largest[i], values.abs().amax((0, 2, 3)))
+
+        return keep
+
+    _watch_inputs(network, {conv: take(i) for i, conv in enumerate(convolutions)}, pairs, "measuring channels")
+    return largest
+
+
+@torch.inference_mode()
+def _watch_inputs(
+    network: nn.Module, modules: Mapping[nn.Module, Callable[[Tensor], None]], pairs: Pairs, title: str
+) -> None:
+    """Run the network on the pairs, and hand the input of each module to its function."""
     hooks = [
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda module, inputs, histogram=histograms[name]: histogram.add(inputs[0])
-        )
-        for name in convolutions
+        module.register_forward_pre_hook(lambda module, inputs, take=take: take(inputs[0]))
+        for module, take in modules.items()
     ]
     try:
-        for a, b in tqdm(pairs, "calibrating", unit="pair", disable=None):
+        for a, b in tqdm(pairs, title, unit="pair", disable=None):
             network(a, b)
     finally:
         for hook in hooks:
             hook.remove()
-    # A source that is black throughout has no scale: any will do.
-    return {name: histogram.limit(method) or 1.0 for name, histogram in histograms.items()}

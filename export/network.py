@@ -8,7 +8,7 @@ and a copy. With `half`, weights and features are float16 and what needs range o
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -281,3 +281,25 @@ def quantizable(net: nn.Module) -> dict[str, list[str]]:
         branch = len(path) > 1 and isinstance(net.get_submodule(".".join(path[:-1])), nn.ModuleList)
         units.setdefault(".".join([*path[:-1], last]) if branch else name, []).append(name)
     return units
+
+
+def rescalable(net: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Conv2d]]:
+    """Pairs of convolutions between which a channel may be scaled: what the first gives, the second gets in proportion.
+
+    So its weights in the first may be multiplied by any positive number and those in the second divided by it.
+    """
+    for module in net.modules():
+        if isinstance(module, _Branch):
+            yield module.point, module.depth
+        elif isinstance(module, _FeedForward):
+            value = module.branches[1]
+            assert isinstance(value, _Branch)
+            yield value.depth, module.projection
+        elif isinstance(module, _Fusion):
+            for expand, output in ((module.expand1, module.output1), (module.expand2, module.output2)):
+                assert isinstance(expand, _Branch)
+                yield expand.depth, output
+        elif isinstance(module, _LiteBlock):
+            yield module.depthwise, module.expand
+            if module.context is None:
+                yield module.expand, module.project  # ReLU keeps proportions

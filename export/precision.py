@@ -18,13 +18,15 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.calibrate import Pairs
-from export.network import ISLANDS, deploy, quantizable
+from export.calibrate import Pairs, largest_channels
+from export.network import ISLANDS, deploy, quantizable, rescalable
 from export.options import FLOOR
 from export.table import aligned
 from refusion.lite import LiteNet
 from refusion.model import FusionNet
 from runtime.errors import InputError
+
+SHARE = 0.7  # of a channel's range that goes from a convolution's input to its weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,33 @@ class Choice:
             lines.append([unit.name, *numbers, "int8" if i < self.count else "float"])
         total = [str(len(self.convolutions)), f"{100 * self.work:.1f}", f"{self.psnr:.1f}", "int8"]
         return aligned([*lines, ["all that become INT8", *total]])
+
+
+@torch.no_grad()
+def equalise(network: nn.Module, pairs: Pairs) -> None:
+    """Scale channels between convolutions so that fewer of their int8 values are wasted; the function stays the same.
+
+    All channels of a depthwise convolution's input get one range, since its weights have scales of their own; before
+    another convolution the ranges of input and weights move towards each other.
+
+    Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019; the
+    exponent: G. Xiao et al., "SmoothQuant", ICML 2023.
+    """
+    between = list(rescalable(network))
+    for (first, second), inputs in zip(
+        between, largest_channels(network, [second for _, second in between], pairs), strict=True
+    ):
+        inputs = inputs.clamp_min(1e-4 * float(inputs.max()) or 1.0)  # a channel that is never used
+        if second.groups > 1:
+            scale = 1 / inputs
+        else:
+            weights = second.weight.abs().amax((0, 2, 3)).clamp_min(1e-6)
+            scale = weights ** (1 - SHARE) / inputs**SHARE
+        scale = scale / scale.log().mean().exp()
+        first.weight *= scale[:, None, None, None]
+        if first.bias is not None:
+            first.bias *= scale
+        second.weight /= scale[:, None, None, None] if second.groups > 1 else scale[None, :, None, None]
 
 
 @torch.inference_mode()

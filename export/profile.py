@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx
-from google.protobuf.message import DecodeError
+from typing import TYPE_CHECKING
 
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx
 
 Size = tuple[int, int]  # height, width
 Shape = tuple[int, ...]
@@ -43,10 +44,15 @@ def read_model(path: Path) -> Model:
     """An ONNX file's content, metadata and inputs.
 
     Raises:
-        InputError: no such file, or not an ONNX model.
+        InputError: no such file, not an ONNX model of fusion, or the package onnx is missing.
     """
     if not path.is_file():
         raise InputError(f"model {path} is {'not a file' if path.exists() else 'missing'}; give an .onnx file")
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the package onnx: pip install 'refusion[tensorrt]'") from error
     content = path.read_bytes()
     try:
         model = onnx.load_model_from_string(content)
@@ -64,7 +70,9 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
         return TensorInfo("none", ())
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    dtype = tensor_dtype_to_np_dtype(tensor.elem_type).name
     return TensorInfo(dtype, tuple(dim.dim_value or None for dim in tensor.shape.dim))
 
 

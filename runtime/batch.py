@@ -158,7 +158,7 @@ def _warn_of_raw_counts(fuser: Fuser, job: Job, images: tuple[np.ndarray, np.nda
 
 
 def _fuse_file(fuser: Fuser, job: Job) -> None:
-    a, b = _read_pair(fuser, job)
+    a, b = fuser.in_order(*_read_pair(fuser, job))
     fused = fuser(a, b)
     write_image(job.fused, fused)
     if job.panel:

@@ -127,9 +127,7 @@ class Calibration:
             return None
         height, width = self.a.size
         centre = np.array([(width - 1) / 2, (height - 1) / 2, 1])
-        there, here = (
-            plane_homography(self.a, self.b, self.stereo, at) @ centre for at in (distance, self.distance)
-        )
+        there, here = (plane_homography(self.a, self.b, self.stereo, at) @ centre for at in (distance, self.distance))
         return float(np.linalg.norm(there[:2] / there[2] - here[:2] / here[2]))
 
 
@@ -147,10 +145,8 @@ def plane_homography(a: Camera, b: Camera, stereo: Stereo, distance: float) -> M
     """
     if not distance > 0:
         raise InputError(f"the working distance is {distance:g} m; give a number above 0")
-    if a.matrix is None or b.matrix is None:
-        raise InputError("the homography of a distance needs the camera matrices of both cameras")
     shift = np.outer(stereo.translation, (0, 0, 1)) / distance
-    matrix = b.matrix @ (stereo.rotation + shift) @ np.linalg.inv(a.matrix)
+    matrix: Matrix = b.intrinsics @ (stereo.rotation + shift) @ np.linalg.inv(a.intrinsics)
     return matrix / matrix[2, 2]
 
 
@@ -184,7 +180,7 @@ def load_calibration(path: str | Path) -> Calibration:
     if values.get("format") != FORMAT:
         hint = ""
         if "cam0" in values:
-            hint = f"; a Kalibr camera chain needs a working distance: refusion calibrate --from-kalibr {path} --distance M"
+            hint = f"; for a Kalibr camera chain: refusion calibrate --from-kalibr {path} --distance METRES"
         elif "camera_matrix" in values:
             hint = "; a ROS file describes one camera: refusion calibrate A B --from-ros a.yaml b.yaml"
         raise InputError(f"{path}: not a calibration of refusion calibrate{hint}")

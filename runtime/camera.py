@@ -61,6 +61,17 @@ class Camera:
             object.__setattr__(self, "_reach", self._radius_of_frame())
 
     @property
+    def intrinsics(self) -> Matrix:
+        """The camera matrix.
+
+        Raises:
+            InputError: it isn't known.
+        """
+        if self.matrix is None:
+            raise InputError("the camera matrix isn't known; give the intrinsics of both cameras")
+        return self.matrix
+
+    @property
     def is_distorted(self) -> bool:
         return any(self.distortion)
 
@@ -86,7 +97,9 @@ class Camera:
         if not self.is_distorted:
             return pixels
         undistort = cv2.fisheye.undistortPoints if self.model == "equidistant" else cv2.undistortPoints
-        ideal = undistort(pixels[:, None], self.matrix, np.array(self.distortion), P=self.matrix)[:, 0]
+        matrix = self.intrinsics
+        ideal: Points = np.asarray(undistort(pixels[:, None], matrix, np.array(self.distortion), P=matrix), np.float64)
+        ideal = ideal.reshape(-1, 2)
         # OpenCV stops after few iterations; near the corners of a wide lens that leaves tenths of a pixel.
         for _ in range(4):
             error = pixels - self._project(ideal)
@@ -108,21 +121,22 @@ class Camera:
         if not self.is_distorted:
             return image
         maps = self.distorted(pixel_grid(self.size)).astype(np.float32).reshape(*self.size, 2)
-        return cv2.remap(image, maps, None, cv2.INTER_LINEAR)
+        return cv2.remap(image, maps[..., 0], maps[..., 1], cv2.INTER_LINEAR)
 
     def _project(self, ideal: Points) -> Points:
-        assert self.matrix is not None
-        rays = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.matrix).T
-        project = cv2.fisheye.projectPoints if self.model == "equidistant" else cv2.projectPoints
         still, coefficients = np.zeros(3), np.array(self.distortion)
-        if self.model == "equidistant":
-            return project(rays[:, None], still, still, self.matrix, coefficients)[0].reshape(-1, 2)
-        return project(rays, still, still, self.matrix, coefficients)[0].reshape(-1, 2)
+        project = cv2.fisheye.projectPoints if self.model == "equidistant" else cv2.projectPoints
+        pixels = project(self._rays(ideal)[:, None], still, still, self.intrinsics, coefficients)[0]
+        return np.asarray(pixels, np.float64).reshape(-1, 2)
+
+    def _rays(self, ideal: Points) -> NDArray[np.float64]:
+        """Directions (x, y, 1): Nx3."""
+        rays: NDArray[np.float64] = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.intrinsics).T
+        return rays
 
     def _radius(self, ideal: Points) -> NDArray[np.float64]:
         """Tangent of the angle from the optical axis."""
-        assert self.matrix is not None
-        rays = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.matrix).T
+        rays = self._rays(ideal)
         return np.hypot(rays[:, 0], rays[:, 1])
 
     def _radius_of_frame(self) -> float:

@@ -205,7 +205,8 @@ class Fuser:
             )
 
     def _warm_up(self, size: tuple[int, int] | None) -> None:
-        height, width = size or WARM_SIZE
+        # An engine takes sizes of its profile alone; it knows which is the usual one.
+        height, width = size or getattr(self._backend, "usual", None) or WARM_SIZE
         if height < 1 or width < 1:
             raise InputError(f"the warm-up size {width}x{height} is empty; give (H, W) of the frames to come")
         blank = np.zeros((self._backend.size[0] or height, self._backend.size[1] or width), np.uint8)

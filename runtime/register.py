@@ -160,7 +160,7 @@ class _Warp:
             source = source * to_reduced[(0, 1), (0, 1)] + to_reduced[:2, 2]
         limits = np.array([self._reduced[1], self._reduced[0]])
         maps = np.clip(source, -2, limits + 1).astype(np.float32).reshape(*size, 2)
-        self._maps = cv2.convertMaps(maps, None, cv2.CV_16SC2)
+        self._maps = cv2.convertMaps(maps[..., 0], maps[..., 1], cv2.CV_16SC2)
 
     def __call__(self, image: np.ndarray, buffers: _Buffers) -> np.ndarray:
         channels = image.shape[2:]
@@ -168,7 +168,8 @@ class _Warp:
             reduced = buffers.take((*self._reduced, *channels), image.dtype)
             image = cv2.resize(image, self._reduced[::-1], reduced, interpolation=cv2.INTER_AREA)
         output = buffers.take((*self._size, *channels), image.dtype)
-        return cv2.remap(image, *self._maps, cv2.INTER_LINEAR, output, cv2.BORDER_CONSTANT, 0)
+        places, fractions = self._maps
+        return cv2.remap(image, places, fractions, cv2.INTER_LINEAR, output, cv2.BORDER_CONSTANT, 0)
 
 
 class _Window:
@@ -192,7 +193,7 @@ class _Window:
 def _source_pixels(
     own: Camera,
     other: Camera,
-    to_other: NDArray[np.float64],
+    to_other: np.ndarray,
     window: tuple[int, int, int, int],
     size: tuple[int, int],
     undistort: bool,
@@ -211,9 +212,7 @@ def _source_pixels(
     return _on_grid(through, window, size)
 
 
-def _on_grid(
-    mapping: Callable[[Points], Points], window: tuple[int, int, int, int], size: tuple[int, int]
-) -> Points:
+def _on_grid(mapping: Callable[[Points], Points], window: tuple[int, int, int, int], size: tuple[int, int]) -> Points:
     """A smooth mapping at each pixel of the output, row by row, given the pixel of the reference's picture there."""
     x, y, width, height = window
     to_window = scaling(size, (height, width))
@@ -251,7 +250,8 @@ def largest_rectangle(inside: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """
     step = max(1, -(-max(inside.shape) // _COARSE))
     height, width = (n // step for n in inside.shape)
-    coarse = inside[: height * step, : width * step].reshape(height, step, width, step).all(axis=(1, 3))
+    coarse = inside[: height * step, : width * step].reshape(height, step, width, step)
+    coarse = np.asarray(coarse.all(axis=(1, 3)))
     if not coarse.any():
         y, x = np.argwhere(inside)[0]
         left, top, right, bottom = int(x), int(y), int(x) + 1, int(y) + 1

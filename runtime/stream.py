@@ -156,12 +156,16 @@ class Stream:
     def status(self) -> dict[str, Any]:
         """State, rates, times and counters of everything, for JSON; any thread may ask."""
         now = time.monotonic()
+        pairing = self._pairer.counters()
+        sources = {side: source.snapshot(now) for side, source in self._sources.items()}
+        for side, source in sources.items():  # a loop that is too slow drops what waits to be paired
+            source["dropped"] += pairing[f"dropped_{side}"]
         return {
             **self._health.snapshot(now),
             "model": self.fusion.fuser.model,
             "model_threads": self.fusion.fuser.threads,
-            "sources": {side: source.snapshot(now) for side, source in self._sources.items()},
-            "pairing": self._pairer.counters(),
+            "sources": sources,
+            "pairing": pairing,
             "sinks": [sink.counters() for sink in self._sinks],
             "policy": self.policy,
         }

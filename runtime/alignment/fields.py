@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Image = NDArray[np.float32]  # HxW
-Field = NDArray[np.float32]  # HxWx2
-Matrix = NDArray[np.float64]  # 3x3
-Points = NDArray[np.float64]  # Nx2
+from runtime.camera import Matrix, Points, scaling
+
+Image = np.ndarray  # HxW float32
+Field = np.ndarray  # HxWx2 float32
 
 _PERCENTILES = (0.5, 99.5)
 _NEIGHBOURHOOD = 6.0  # of a gradient, as a multiple of the smoothing before it
@@ -51,7 +50,9 @@ def orientation_field(image: Image, sigma: float = 1.0, smooth: float = 0.0) -> 
     gx = cv2.Scharr(image, cv2.CV_32F, 1, 0, scale=1 / 32)
     gy = cv2.Scharr(image, cv2.CV_32F, 0, 1, scale=1 / 32)
     strength = cv2.magnitude(gx, gy)
-    ordinary = cv2.GaussianBlur(strength, (0, 0), _NEIGHBOURHOOD * max(sigma, 0.2)) + 0.5 * float(strength.mean()) + 1e-3
+    ordinary = (
+        cv2.GaussianBlur(strength, (0, 0), _NEIGHBOURHOOD * max(sigma, 0.2)) + 0.5 * float(strength.mean()) + 1e-3
+    )
     weight = 1 / ((strength + ordinary) * (strength + 1e-6))
     field = cv2.merge(((gx * gx - gy * gy) * weight, 2 * gx * gy * weight))
     length = cv2.magnitude(*cv2.split(field))
@@ -80,12 +81,7 @@ def resized(image: Image, scale: float, interpolation: int) -> tuple[Image, Matr
     height, width = image.shape
     new_height, new_width = max(16, round(height * scale)), max(16, round(width * scale))
     new = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
-    return new, scaling(new_width / width, new_height / height)
-
-
-def scaling(x: float, y: float) -> Matrix:
-    """Matrix from the pixels of a picture to those of the same picture x times as wide and y times as high."""
-    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
+    return new, scaling((height, width), (new_height, new_width))
 
 
 def corners(size: tuple[int, int]) -> Points:
@@ -96,7 +92,7 @@ def corners(size: tuple[int, int]) -> Points:
 
 def transform(matrix: Matrix, points: Points) -> Points:
     """Points under a homography: Nx2."""
-    return cv2.perspectiveTransform(points[None], matrix)[0]
+    return np.asarray(cv2.perspectiveTransform(points[None], matrix)[0], np.float64)
 
 
 def corner_distance(one: Matrix, other: Matrix, size: tuple[int, int]) -> float:

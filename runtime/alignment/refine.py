@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.alignment.fields import (
+    Field,
     Image,
     Matrix,
     Points,
@@ -26,7 +27,9 @@ from runtime.alignment.fields import (
     turned,
 )
 
-SIMILARITY, HOMOGRAPHY = 4, 8  # parameters
+# Parameters: shift, magnification and roll; with the two of perspective that turned cameras have as well. Aspect and
+# shear would be left for a full homography, but pixels are square.
+SIMILARITY, PERSPECTIVE = 4, 6
 REACH = 8  # pixels of shift either way, at the level's resolution
 TILE = 32  # pixels a side
 REGIONS = 4
@@ -38,7 +41,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """Parameters of the warp of a level, the score, and its slope and curvature for the error of the parameters."""
+    """A warp, in the parameters of the level that it belongs to, and its score."""
 
     parameters: FloatArray
     score: float
@@ -107,7 +110,7 @@ class Level:
         """The warp of the highest score, by Newton's method with a damping.
 
         Args:
-            parameters: SIMILARITY or HOMOGRAPHY.
+            parameters: SIMILARITY or PERSPECTIVE.
             chosen: entries that count; all by default.
             start: parameters to start from; none by default.
         """
@@ -170,20 +173,21 @@ class Level:
         return float(np.sqrt(variance) / self._to_small_b[0, 0])
 
     def _jacobian(self, parameters: int, places: Points) -> FloatArray:
-        """Shift of places by each parameter: Kx2xP. A parameter of 1 moves the corners of a's picture by about 1 pixel."""
+        """Shift of places by each parameter: Kx2xP. By 1 of any the corners of a's picture move about 1 pixel."""
         x, y = ((places - self._centre) / self._radius).T
         one, zero = np.ones_like(x), np.zeros_like(x)
-        columns = ((one, zero), (zero, one), (x, y), (-y, x), (x * x, x * y), (x * y, y * y), (x, -y), (y, x))
+        columns = ((one, zero), (zero, one), (x, y), (-y, x), (x * x, x * y), (x * y, y * y))
         return np.stack([np.stack(column, axis=1) for column in columns[:parameters]], axis=2)
 
     def _shift_matrix(self, parameters: FloatArray) -> Matrix:
         """The homography that `_jacobian` is the derivative of."""
-        p = np.pad(parameters, (0, HOMOGRAPHY - len(parameters))) / self._radius
+        dx, dy, magnification, roll, across, down = np.pad(parameters, (0, PERSPECTIVE - len(parameters)))
+        radius = self._radius
         about_centre = np.array(
             [
-                [1 + p[2] + p[6], p[7] - p[3], parameters[0]],
-                [p[3] + p[7], 1 + p[2] - p[6], parameters[1]],
-                [-p[4] / self._radius, -p[5] / self._radius, 1],
+                [1 + magnification / radius, -roll / radius, dx],
+                [roll / radius, 1 + magnification / radius, dy],
+                [-across / radius**2, -down / radius**2, 1],
             ]
         )
         to_centre = np.array([[1, 0, -self._centre[0]], [0, 1, -self._centre[1]], [0, 0, 1]])
@@ -198,7 +202,12 @@ class Level:
         middle = self._tables[rows, row, column]
         left, right = self._tables[rows, row, column - 1], self._tables[rows, row, column + 1]
         above, below = self._tables[rows, row - 1, column], self._tables[rows, row + 1, column]
-        fx, fy, fxx, fyy = (right - left) / 2, (below - above) / 2, left + right - 2 * middle, above + below - 2 * middle
+        fx, fy, fxx, fyy = (
+            (right - left) / 2,
+            (below - above) / 2,
+            left + right - 2 * middle,
+            above + below - 2 * middle,
+        )
         fxy = (
             self._tables[rows, row + 1, column + 1]
             + self._tables[rows, row - 1, column - 1]
@@ -210,7 +219,7 @@ class Level:
         return value, slope, np.stack((np.stack((fxx, fxy), axis=1), np.stack((fxy, fyy), axis=1)), axis=2)
 
 
-def _usable(warp: Matrix, size_a: tuple[int, int], size_b: tuple[int, int]) -> NDArray[np.float32]:
+def _usable(warp: Matrix, size_a: tuple[int, int], size_b: tuple[int, int]) -> Image:
     """Where camera a's picture lies under b's pixel for every shift: HxW, 0 or 1."""
     inside = cv2.warpPerspective(np.ones(size_a, np.uint8), warp, size_b[::-1], flags=cv2.INTER_NEAREST)
     framed = cv2.copyMakeBorder(inside, REACH, REACH, REACH, REACH, cv2.BORDER_CONSTANT, value=0)
@@ -218,7 +227,7 @@ def _usable(warp: Matrix, size_a: tuple[int, int], size_b: tuple[int, int]) -> N
     return cv2.erode(framed, kernel)[REACH:-REACH, REACH:-REACH].astype(np.float32)
 
 
-def _warped_field(image: Image, warp: Matrix, size_b: tuple[int, int], magnification: float) -> NDArray[np.float32]:
+def _warped_field(image: Image, warp: Matrix, size_b: tuple[int, int], magnification: float) -> Field:
     """Field of camera a at b's pixels and REACH pixels around: (H + 2 REACH) x (W + 2 REACH) x 2."""
     field = orientation_field(image, 1 / magnification, SMOOTH / magnification)
     height, width = image.shape
@@ -231,7 +240,7 @@ def _warped_field(image: Image, warp: Matrix, size_b: tuple[int, int], magnifica
     return turned(cv2.warpPerspective(field, moved, canvas), float(angle))
 
 
-def _correlate(field_a: NDArray[np.float32], field_b: NDArray[np.float32], tile: tuple[int, int]):
+def _correlate(field_a: Field, field_b: Field, tile: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
     """Correlations of a tile over all shifts, and where its edges are, on average: (x, y)."""
     y, x = tile
     part = field_b[y : y + TILE, x : x + TILE]

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.alignment.fields import Field, Image, Matrix, orientation_field, resized, scaling, shrunk, turned
+from runtime.alignment.fields import Field, Image, Matrix, orientation_field, resized, shrunk, turned
 
 LONG_SIDE = 160  # pixels, of the smaller footprint, at which the search runs
 STEP = 1.05  # ratio of neighbouring magnifications
@@ -22,7 +22,7 @@ ROLL_STEP = 2.0  # degrees
 LEAST_OVERLAP = 0.5  # of the smaller picture
 _TILES = (3, 4)  # of the two halves that are searched independently
 
-Spectrum = NDArray[np.float32]  # HxW: of real values, as OpenCV packs it
+Spectrum = np.ndarray  # HxW float32: of real values, as OpenCV packs it
 
 
 class Candidate(NamedTuple):
@@ -87,38 +87,41 @@ class _Reference:
         self._size = frames[0].shape
         self._board = _checkerboard(self._size)
         self._shape = (0, 0)
+        self._halves: list[list[list[Spectrum]]] = []  # of each frame, of each half: of both components
+        self._energies: list[Spectrum] = []
+        self._ones: Spectrum = np.ones(self._size, np.float32)
 
-    def prepare(self, size_a: tuple[int, int]) -> None:
+    def _prepare(self, size_a: tuple[int, int]) -> None:
         """Make the spectra for pictures of camera a of a size."""
         # Shifts that leave less than LEAST_OVERLAP of the smaller picture may wrap around: they are not looked at.
-        shape = tuple(
+        rows, columns = (
             cv2.getOptimalDFTSize(int(a + b - LEAST_OVERLAP * min(a, b)) + 2)
             for a, b in zip(size_a, self._size, strict=True)
         )
-        if shape == self._shape:
+        if (rows, columns) == self._shape:
             return
-        self._shape = shape
+        self._shape = (rows, columns)
         self._halves, self._energies = [], []
         for number, field in enumerate(self._fields):
             first = field * (self._board if number % 2 == 0 else ~self._board)[..., None]
-            self._halves.append(tuple(self._spectra(half) for half in (first, field - first)))
+            self._halves.append([self._spectra(half) for half in (first, field - first)])
             self._energies.append(self._spectrum(_energy(field)))
         self._ones = self._spectrum(np.ones(self._size, np.float32))
 
     def best_shifts(self, fields: Sequence[Field], angle: float) -> list[Candidate]:
-        """The best shift of camera a's fields after a turn, by all and by each half; matrices from the fields' pixels."""
+        """Best shift of camera a's fields after a turn, by all and by each half; matrices from the fields' pixels."""
         height, width = fields[0].shape[:2]
         matrix, (new_height, new_width) = _turn(height, width, angle)
-        self.prepare((new_height, new_width))
+        self._prepare((new_height, new_width))
         inside = cv2.warpAffine(np.ones((height, width), np.float32), matrix[:2], (new_width, new_height))
         products = [np.zeros(self._shape, np.float32) for _ in range(2)]
         variance = np.zeros(self._shape, np.float32)
         for field, halves, energy in zip(fields, self._halves, self._energies, strict=True):
             moved = turned(cv2.warpAffine(field, matrix[:2], (new_width, new_height)), angle)
             spectra = self._spectra(moved)
-            for product, half in zip(products, halves, strict=True):
+            for number, half in enumerate(halves):
                 for of_b, of_a in zip(half, spectra, strict=True):
-                    product += cv2.mulSpectrums(of_b, of_a, 0, conjB=True)
+                    products[number] += cv2.mulSpectrums(of_b, of_a, 0, conjB=True)
             variance += cv2.mulSpectrums(energy, self._spectrum(_energy(moved)), 0, conjB=True)
         sums = [_inverse(product) for product in products]
         # Of a cosine of a random angle the variance is 1/2. Half of the energy is in each half.
@@ -133,16 +136,16 @@ class _Reference:
             found.append(Candidate(score, np.array([[1, 0, dx], [0, 1, dy], [0, 0, 1]]) @ matrix))
         return found
 
-    def _spectra(self, field: Field) -> tuple[Spectrum, ...]:
-        return tuple(self._spectrum(component) for component in cv2.split(field))
+    def _spectra(self, field: Field) -> list[Spectrum]:
+        return [self._spectrum(component) for component in cv2.split(field)]
 
-    def _spectrum(self, values: NDArray[np.float32]) -> Spectrum:
+    def _spectrum(self, values: Image) -> Spectrum:
         padded = np.zeros(self._shape, np.float32)
         padded[: values.shape[0], : values.shape[1]] = values
         return cv2.dft(padded, nonzeroRows=values.shape[0])
 
 
-def _inverse(spectrum: Spectrum) -> NDArray[np.float32]:
+def _inverse(spectrum: Spectrum) -> Image:
     return cv2.dft(spectrum, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
 
 
@@ -152,7 +155,9 @@ def _turn(height: int, width: int, angle: float) -> tuple[Matrix, tuple[int, int
     new_height = int(np.ceil(height * c + width * abs(s)))
     new_width = int(np.ceil(width * c + height * abs(s)))
     matrix = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    matrix[:2, 2] = np.array([new_width - 1, new_height - 1]) / 2 - matrix[:2, :2] @ np.array([width - 1, height - 1]) / 2
+    matrix[:2, 2] = (
+        np.array([new_width - 1, new_height - 1]) / 2 - matrix[:2, :2] @ np.array([width - 1, height - 1]) / 2
+    )
     return matrix, (new_height, new_width)
 
 
@@ -161,5 +166,5 @@ def _checkerboard(size: tuple[int, int]) -> NDArray[np.bool_]:
     return (rows[:, None] + columns) % 2 == 0
 
 
-def _energy(field: Field) -> NDArray[np.float32]:
+def _energy(field: Field) -> Image:
     return field[..., 0] ** 2 + field[..., 1] ** 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.alignment.fields import Image, Matrix, corner_distance, corners, to_grey, transform
-from runtime.alignment.refine import HOMOGRAPHY, SIMILARITY, Fit, Level
+from runtime.alignment.refine import PERSPECTIVE, SIMILARITY, Fit, Level
 from runtime.alignment.search import search
 from runtime.color import check_image
 from runtime.errors import InputError
@@ -24,7 +24,6 @@ ROLL = 4.0  # degrees either way
 LEVELS = (160, 320, 640)  # pixels of the long side of a's footprint
 LARGEST_DISAGREEMENT = 0.02  # of the footprint's diagonal, between the halves, for an estimate to be trusted
 LARGEST_UNCERTAINTY = 0.02  # of the footprint's diagonal
-_CLEARLY_BETTER = 3.0  # standard deviations by which a homography must win on pictures it was not fitted to
 _COVERAGE = 3.0  # standard errors of the corners within which 95 % of estimates are, measured on RoadScene
 _FLOOR = 0.5  # pixels: edges in two spectra need not coincide any better
 _SMALLEST = 48  # pixels a side of the pictures
@@ -36,7 +35,8 @@ class Alignment:
 
     Attributes:
         homography: 3x3, pixels of a -> pixels of b; the centre of the first pixel is (0, 0).
-        model: "similarity" or "homography".
+        model: "similarity" (magnification, roll, shift), or "perspective" where the pictures show that of cameras which
+            are turned to each other too.
         uncertainty: the corners of a's picture are right to this many pixels of b in 95 % of estimates that are
             trusted.
         disagreement: mean distance, in pixels of b, of where the two independent halves put the corners of a's picture.
@@ -97,9 +97,9 @@ def align(
     matrix = level.estimate(fit)
     progress(0.1)
     uncertainty = max(_FLOOR, _COVERAGE * _standard_error(level, fit, len(grey_a)))
-    disagreement = corner_distance(*estimates, size)
+    disagreement = corner_distance(estimates[0], estimates[1], size)
     reason = _doubt(matrix, size, disagreement, uncertainty)
-    model = "similarity" if len(fit.parameters) == SIMILARITY else "homography"
+    model = "similarity" if len(fit.parameters) == SIMILARITY else "perspective"
     return Alignment(matrix, model, uncertainty, disagreement, not reason, reason)
 
 
@@ -131,14 +131,14 @@ def _refined_half(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: 
 
 
 def _refined(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: Matrix) -> tuple[Level, Fit]:
-    """A similarity, or a homography where that is clearly better on pictures that it was not fitted to."""
+    """A similarity, or one with perspective where that is better on tiles that it was not fitted to."""
     coarse, *finer = _levels(frames_a[0].shape)
     level = Level(frames_a, frames_b, matrix, coarse)
     matrix = level.estimate(level.fit(SIMILARITY))
     parameters = SIMILARITY
     level = Level(frames_a, frames_b, matrix, finer[0] if finer else coarse)
-    if _homography_is_better(level):
-        parameters = HOMOGRAPHY
+    if _perspective_is_better(level):
+        parameters = PERSPECTIVE
     fit = level.fit(parameters)
     for long_side in finer[1:] or finer or [coarse]:
         level = Level(frames_a, frames_b, level.estimate(fit), long_side)
@@ -146,15 +146,14 @@ def _refined(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: Matri
     return level, fit
 
 
-def _homography_is_better(level: Level) -> bool:
-    gains = []
+def _perspective_is_better(level: Level) -> bool:
+    gain = 0.0
     for half in (0, 1):
         mine, other = level.half == half, level.half != half
         similarity = level.fit(SIMILARITY, mine)
-        homography = level.fit(HOMOGRAPHY, mine, similarity.parameters)
-        gains.append(level.values(homography, other) - level.values(similarity, other))
-    gain = np.concatenate(gains)
-    return bool(gain.sum() > _CLEARLY_BETTER * np.sqrt((gain**2).sum()))
+        perspective = level.fit(PERSPECTIVE, mine, similarity.parameters)
+        gain += float(level.values(perspective, other).sum() - level.values(similarity, other).sum())
+    return gain > 0
 
 
 def _standard_error(level: Level, fit: Fit, frames: int) -> float:

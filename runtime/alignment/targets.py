@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.alignment.fields import Matrix, Points, corners, to_grey, transform
+from runtime.alignment.fields import corners, to_grey, transform
 from runtime.calibration import Stereo
-from runtime.camera import Camera
+from runtime.camera import Camera, Matrix, Points
 from runtime.errors import InputError
 
 KINDS = ("chessboard", "circles", "asymmetric")
@@ -144,7 +145,7 @@ def _find_in_pairs(
         seen = [seen[0] + (in_a is not None), seen[1] + (in_b is not None)]
         if in_a is not None and in_b is not None:
             points_a.append(in_a)
-            points_b.append(_same_order(in_a, in_b))
+            points_b.append(in_b if target.kind == "asymmetric" else _same_order(in_a, in_b))
             views.append(number)
         progress(1 / len(frames_a))
     if len(views) < LEAST_VIEWS:
@@ -198,7 +199,7 @@ def _fit(points_a: list[Points], points_b: list[Points], views: Sequence[int]) -
     matrix, _ = cv2.findHomography(source, np.concatenate([points_b[k] for k in views]), 0)
     if matrix is None:
         raise InputError("the board's points lie on one line; move it over the whole picture")
-    return matrix
+    return np.asarray(matrix, np.float64)
 
 
 def _rms(matrix: Matrix, points_a: list[Points], points_b: list[Points]) -> float:
@@ -229,7 +230,8 @@ def _stereo(
     from runtime.calibration import plane_homography
 
     a, b = (
-        _with_intrinsics(camera, points, target, name) for camera, points, name in ((a, points_a, "a"), (b, points_b, "b"))
+        _with_intrinsics(camera, points, target, name)
+        for camera, points, name in ((a, points_a, "a"), (b, points_b, "b"))
     )
     # Rays without distortion, so that one call serves lenses of every model.
     ideal_a, ideal_b = [a.undistorted(p) for p in points_a], [b.undistorted(p) for p in points_b]
@@ -271,22 +273,29 @@ def _with_intrinsics(camera: Camera, points: list[Points], target: Target, name:
     start = np.array([[1.0, 0, (size[0] - 1) / 2], [0, 1.0, (size[1] - 1) / 2], [0, 0, 1]])
     pixels = [p.astype(np.float32) for p in points]
     _, matrix, distortion, _, _ = cv2.calibrateCamera(board, pixels, size, start, np.zeros(5), flags=flags)
-    return Camera(camera.size, matrix, "plumb_bob", tuple(float(value) for value in distortion.ravel()[:5]))
+    return Camera(
+        camera.size,
+        np.asarray(matrix, np.float64),
+        "plumb_bob",
+        tuple(float(value) for value in distortion.ravel()[:5]),
+    )
 
 
-def _position(points_a: list[Points], points_b: list[Points], board: NDArray[np.float32], a: Camera, b: Camera) -> Stereo:
+def _position(
+    points_a: list[Points], points_b: list[Points], board: NDArray[np.float32], a: Camera, b: Camera
+) -> Stereo:
     none = np.zeros(5)
     pixels_a, pixels_b = ([p.astype(np.float32) for p in points] for points in (points_a, points_b))
     boards = [board] * len(points_a)
     result = cv2.stereoCalibrate(
-        boards, pixels_a, pixels_b, a.matrix, none, b.matrix, none, a.size[::-1], flags=cv2.CALIB_FIX_INTRINSIC
+        boards, pixels_a, pixels_b, a.intrinsics, none, b.intrinsics, none, a.size[::-1], flags=cv2.CALIB_FIX_INTRINSIC
     )
-    return Stereo(result[5], result[6].ravel())
+    return Stereo(np.asarray(result[5], np.float64), np.asarray(result[6], np.float64).ravel())
 
 
 def _board_distance(points: Points, board: NDArray[np.float32], camera: Camera) -> float:
     """Metres along the optical axis to the middle of the board."""
-    _, rotation, translation = cv2.solvePnP(board, points, camera.matrix, None)
+    _, rotation, translation = cv2.solvePnP(board, points, camera.intrinsics, None)
     return float((cv2.Rodrigues(rotation)[0] @ board.mean(axis=0) + translation.ravel())[2])
 
 
@@ -294,14 +303,14 @@ def _reprojection(
     points_a: Points, points_b: Points, board: NDArray[np.float32], a: Camera, b: Camera, stereo: Stereo
 ) -> float:
     """RMS in pixels of b: the board as camera a places it, seen by camera b."""
-    _, rotation, translation = cv2.solvePnP(board, points_a, a.matrix, None)
+    _, rotation, translation = cv2.solvePnP(board, points_a, a.intrinsics, None)
     in_a = board @ cv2.Rodrigues(rotation)[0].T + translation.ravel()
     in_b = in_a @ stereo.rotation.T + stereo.translation
-    pixels = in_b @ np.asarray(b.matrix).T
+    pixels = in_b @ b.intrinsics.T
     return float(np.sqrt(((pixels[:, :2] / pixels[:, 2:] - points_b) ** 2).sum(axis=1).mean()))
 
 
-def _find_chessboard(grey: NDArray[np.uint8], target: Target) -> np.ndarray | None:
+def _find_chessboard(grey: np.ndarray, target: Target) -> np.ndarray | None:
     size = (target.columns, target.rows)
     found, points = cv2.findChessboardCornersSB(grey, size, flags=cv2.CALIB_CB_NORMALIZE_IMAGE)
     if found:
@@ -315,14 +324,15 @@ def _find_chessboard(grey: NDArray[np.uint8], target: Target) -> np.ndarray | No
     return cv2.cornerSubPix(grey, points, (window, window), (-1, -1), criteria)
 
 
-def _find_circles(grey: NDArray[np.uint8], target: Target) -> np.ndarray | None:
+def _find_circles(grey: np.ndarray, target: Target) -> np.ndarray | None:
     size = (target.columns, target.rows)
+    vision: Any = cv2  # its type stubs lack the blob detector
     kind = cv2.CALIB_CB_ASYMMETRIC_GRID if target.kind == "asymmetric" else cv2.CALIB_CB_SYMMETRIC_GRID
-    parameters = cv2.SimpleBlobDetector_Params()
+    parameters = vision.SimpleBlobDetector_Params()
     # The defaults leave out circles of more than 70 pixels across, and the small ones of a thermal picture.
     parameters.minArea, parameters.maxArea = 12, max(grey.shape) ** 2 / 100
     parameters.minDistBetweenBlobs = 4
-    detector = cv2.SimpleBlobDetector_create(parameters)
+    detector = vision.SimpleBlobDetector_create(parameters)
     for flags in (kind, kind | cv2.CALIB_CB_CLUSTERING):
         found, points = cv2.findCirclesGrid(grey, size, flags=flags, blobDetector=detector)
         if found:

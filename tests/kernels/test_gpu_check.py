@@ -15,6 +15,7 @@ import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 STEPS = ("tests", "compile", "benchmark", "pairs", "train kernels", "train reference", "compare")
+STEPS += ("engines", "verify engines", "latency of engines")
 
 
 def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +59,17 @@ def test_a_failing_step_is_reported_and_stops_nothing(tmp_path: Path) -> None:
     assert {row["step"]: row["passed"] for row in report["steps"]} == {"pairs": True, "compare": False}
     assert "step 2: inner_loss is 0.4 with the kernels, 0.41 without" in (tmp_path / "report.md").read_text()
     assert len(list((tmp_path / "pairs" / "a").iterdir())) == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: engines would be built")
+def test_what_needs_tensorrt_is_left_out_without_it(tmp_path: Path) -> None:
+    done = gpu_check("--anyway", "--out", str(tmp_path), "--only", "engines", "latency of engines", "pairs")
+    assert done.returncode == 0
+    assert "1 of 1 steps passed, 2 left out" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    results = {row["step"]: row["result"] for row in report["steps"]}
+    assert results == {"pairs": "passed", "engines": "left out", "latency of engines": "left out"}
+    assert "left out: no CUDA driver" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

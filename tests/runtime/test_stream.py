@@ -131,6 +131,26 @@ def test_a_sink_that_is_stuck_does_not_stop_the_loop():
     assert first["dropped"] == 40 - 1 - 16  # one in work, 16 that wait
 
 
+class Slow(Average):
+    """A network that is too slow for the cameras."""
+
+    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        return super().__call__(a, b)
+
+
+def test_what_a_slow_network_leaves_out_is_counted():
+    with Stream(DEMO, fuser=Slow(), frames=8) as stream:
+        outputs = list(stream)
+        status = stream.status()
+    numbers = [output.b.index for output in outputs if output.b]
+    left_out = int(np.sum(np.diff(numbers) - 1))
+    assert left_out > 10
+    assert left_out <= status["sources"]["b"]["dropped"] <= status["sources"]["b"]["frames"] - 8
+    # What comes out is new all the same: the queues hold four pictures at most, and the oldest go.
+    assert max(output.age_ms for output in outputs) < 2000
+
+
 @pytest.mark.parametrize("limit", [{"frames": 12}, {"duration": 1.0}])
 def test_it_ends_by_itself(limit: dict[str, Any]):
     with Stream(DEMO, model="average", **limit) as stream:
