@@ -76,10 +76,9 @@ def equalise(network: nn.Module, pairs: Pairs) -> None:
     exponent: G. Xiao et al., "SmoothQuant", ICML 2023.
     """
     between = list(rescalable(network))
-    for (first, second), inputs in zip(
-        between, largest_channels(network, [second for _, second in between], pairs), strict=True
-    ):
-        inputs = inputs.clamp_min(1e-4 * float(inputs.max()) or 1.0)  # a channel that is never used
+    largest = largest_channels(network, [second for _, second in between], pairs)
+    for (first, second), channels in zip(between, largest, strict=True):
+        inputs = channels.clamp_min(1e-4 * float(channels.max()) or 1.0)  # some may never be used
         if second.groups > 1:
             scale = 1 / inputs
         else:

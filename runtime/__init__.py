@@ -1,4 +1,4 @@
-"""The torch-free runtime: two aligned images in, one fused picture out."""
+"""The torch-free runtime: two aligned images or streams in, one fused picture out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from runtime.errors import InputError
 
 if TYPE_CHECKING:
     from runtime.fuser import Fuser
+    from runtime.stream import Stream
 
-__all__ = ["Fuser", "InputError"]
+__all__ = ["Fuser", "InputError", "Stream"]
 
 
 def __getattr__(name: str) -> object:
-    # NumPy and OpenCV are imported when a Fuser is asked for, so that the command line answers --help at once.
+    # NumPy and OpenCV are imported when one of these is asked for, so that the command line answers --help at once.
     if name == "Fuser":
         from runtime.fuser import Fuser
 
         return Fuser
+    if name == "Stream":
+        from runtime.stream import Stream
+
+        return Stream
     raise AttributeError(f"module 'runtime' has no attribute '{name}'")

@@ -9,7 +9,6 @@ at several shifts, and is refused, as is a scene in which nothing moves.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -212,12 +211,3 @@ def _peak_without(
     near = lags[np.abs(lags - centre) * STEP <= NEIGHBOURHOOD]
     scores = _correlations(a, b, near)
     return _peak(scores, int(np.argmax(scores)), near)
-
-
-def sensors_of(a: Sequence[Frame], b: Sequence[Frame]) -> tuple[MotionSensor, MotionSensor]:
-    """Motion of two recordings that are in memory."""
-    sensors = MotionSensor(), MotionSensor()
-    for sensor, frames in zip(sensors, (a, b), strict=True):
-        for frame in frames:
-            sensor.add(frame)
-    return sensors

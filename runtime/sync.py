@@ -26,6 +26,7 @@ OnMissing = Literal["hold", "pass", "skip"]
 
 # A stamp that goes back further than this is a clock that was set, and not a picture that came late, in seconds.
 CLOCK_SET = 1.0
+_SLACK = 1.5  # intervals that a picture may wait beyond `hold_ms` for the loop
 _INTERVALS = 9  # of which the median is a camera's rhythm
 
 
@@ -38,7 +39,7 @@ class Pairing:
         hold_ms: how long a picture may wait for a nearer partner, from its arrival.
         max_age_ms: with on_missing "hold", how far the last thermal picture may be from the visible one that it is
             used for; and after how long without a picture a camera counts as away.
-        queue_size: pictures of each camera that may wait; the oldest is dropped.
+        queue_size: pictures of each camera that may wait; the oldest is dropped, earlier where the loop is too slow.
         clock_offset_ms: is added to the thermal camera's times. Negative where its clock is ahead of the visible one's.
         on_missing: what happens to a visible picture without a thermal one. "hold": the last thermal picture is used on
             until it is too old, then as "pass". "pass": the visible one passes alone. "skip": nothing comes out.
@@ -209,6 +210,7 @@ class Pairer:
 
     def _next(self, now: float) -> Pair | None:
         frames_a, frames_b = self._a.frames, self._b.frames
+        self._leave_out_stale(now)
         while frames_b:
             b = frames_b[0]
             # Times rise, so a picture that is followed by one before b is no longer the nearest of any.
@@ -223,6 +225,16 @@ class Pairer:
                 continue
             return pair
         return None
+
+    def _leave_out_stale(self, now: float) -> None:
+        """Where the loop is slower than the master, go on with newer pictures rather than with the queue's oldest."""
+        if self._lossless or self._b.interval is None:
+            return
+        longest = self.knobs.hold_ms / 1000 + _SLACK * self._b.interval
+        frames = self._b.frames
+        while len(frames) > 1 and now - frames[0].arrival > longest:
+            frames.popleft()
+            self._b.dropped += 1
 
     def _with_partner(self, b: Frame) -> Pair:
         a = min(self._a.frames, key=lambda frame: abs(frame.time - b.time), default=None)

@@ -10,7 +10,7 @@ import pytest
 
 from runtime.errors import InputError
 from runtime.frames import Frame
-from runtime.offset import Offset, estimate_offset, measure_offset, sensors_of
+from runtime.offset import MotionSensor, Offset, estimate_offset, measure_offset
 
 UNIX = 1.7e9
 SIZE = (120, 160)
@@ -46,6 +46,14 @@ def film(
         frames.append(Frame(image, UNIX + time + offset, "device", time, len(frames), "camera"))
         time += 1 / fps + rng.normal(0, 0.003)
     return frames
+
+
+def sensors_of(*films: list[Frame]) -> list[MotionSensor]:
+    sensors = [MotionSensor() for _ in films]
+    for sensor, frames in zip(sensors, films, strict=True):
+        for frame in frames:
+            sensor.add(frame)
+    return sensors
 
 
 def estimate(seed: int, thermal_fps: float, offset: float, path: Path | None = None, noise: float = 2) -> Offset:

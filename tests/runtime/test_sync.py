@@ -194,6 +194,27 @@ def test_a_full_queue_drops_the_oldest():
     assert pairer.next(0.4) is None
 
 
+def test_a_loop_that_is_too_slow_goes_on_with_new_pictures():
+    """100 ms for each picture of a camera of 30 a second: every third comes out, and none after a long wait."""
+    pairer = Pairer(Pairing(queue_size=8))
+    waits, now, number = [], 0.0, 0
+    while now < 10:
+        while number / 30 <= now:
+            pairer.add_a(frame(number / 30, number))
+            pairer.add_b(frame(number / 30, number))
+            number += 1
+        pair = pairer.next(now)
+        if pair is None:
+            now += 0.005
+            continue
+        assert pair.b is not None
+        waits.append(now - pair.b.arrival)
+        now += 0.1
+    assert 90 <= len(waits) <= 101
+    assert max(waits[5:]) < 0.04 + 1.5 / 30 + 1e-9
+    assert pairer.counters()["dropped_b"] > 180
+
+
 def test_a_late_picture_is_left_out_and_a_clock_that_was_set_begins_anew():
     pairer = Pairer(Pairing())
     for k, time in enumerate((10.0, 10.1, 10.05, 2.0, 2.1)):
