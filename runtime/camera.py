@@ -58,7 +58,7 @@ class Camera:
                 raise InputError("a camera matrix must be 3x3 with focal lengths above 0 on its diagonal")
             object.__setattr__(self, "matrix", matrix)
         if self.is_distorted:
-            object.__setattr__(self, "_reach", self._radius_of_frame())
+            object.__setattr__(self, "_reach", self._largest_radius())
 
     @property
     def intrinsics(self) -> Matrix:
@@ -93,7 +93,7 @@ class Camera:
         return replace(self, size=size, matrix=matrix)
 
     def undistorted(self, pixels: Points) -> Points:
-        """Pixels of the camera -> ideal pixels: Nx2."""
+        """Pixels of the camera -> ideal pixels: Nx2, far outside where the model has no answer."""
         if not self.is_distorted:
             return pixels
         undistort = cv2.fisheye.undistortPoints if self.model == "equidistant" else cv2.undistortPoints
@@ -104,16 +104,18 @@ class Camera:
         for _ in range(4):
             error = pixels - self._project(ideal)
             ideal = ideal + np.where(np.linalg.norm(error, axis=1, keepdims=True) < 2, error, 0)
-        return ideal
+        solved = np.linalg.norm(pixels - self._project(ideal), axis=1, keepdims=True) < 0.5
+        return np.where(solved, ideal, OUTSIDE)
 
     def distorted(self, ideal: Points) -> Points:
         """Ideal pixels -> pixels of the camera: Nx2, far outside the picture for what the lens can't see."""
         if not self.is_distorted:
             return ideal
         # The polynomial turns back beyond the picture's corners: without this, what is outside would appear inside.
-        seen = self._radius(ideal) <= 1.05 * self._reach
+        seen = np.hypot(*self._rays(ideal)[:, :2].T) <= self._reach
         pixels = np.full_like(ideal, OUTSIDE)
-        pixels[seen] = self._project(ideal[seen])
+        if seen.any():
+            pixels[seen] = self._project(ideal[seen])
         return pixels
 
     def undistort_image(self, image: np.ndarray) -> np.ndarray:
@@ -134,16 +136,17 @@ class Camera:
         rays: NDArray[np.float64] = np.column_stack((ideal, np.ones(len(ideal)))) @ np.linalg.inv(self.intrinsics).T
         return rays
 
-    def _radius(self, ideal: Points) -> NDArray[np.float64]:
-        """Tangent of the angle from the optical axis."""
-        rays = self._rays(ideal)
-        return np.hypot(rays[:, 0], rays[:, 1])
-
-    def _radius_of_frame(self) -> float:
+    def _largest_radius(self) -> float:
+        """Tangent of the angle from the axis at which the corners are passed, or where the polynomial turns back."""
+        angles = np.tan(np.radians(np.linspace(0, 88, 881)))
+        centre = self.intrinsics[:2, 2]
+        along_x = np.column_stack((centre[0] + self.intrinsics[0, 0] * angles, np.full(len(angles), centre[1])))
+        radii = np.linalg.norm(self._project(along_x) - centre, axis=1)
         height, width = self.size
-        x, y = np.linspace(0, width - 1, 9), np.linspace(0, height - 1, 9)
-        border = [(u, v) for u in x for v in y if u in (x[0], x[-1]) or v in (y[0], y[-1])]
-        return float(self._radius(self.undistorted(np.array(border))).max())
+        corners = np.array([[0, 0], [width, 0], [0, height], [width, height]])
+        farthest = float(np.linalg.norm(corners - centre, axis=1).max())
+        ends = (radii[1:] <= radii[:-1]) | (radii[1:] > 1.05 * farthest)
+        return float(angles[int(ends.argmax())] if ends.any() else angles[-1])
 
 
 def pixel_grid(size: tuple[int, int]) -> Points:

@@ -151,24 +151,28 @@ class Level:
         matrix = np.linalg.inv(self._to_small_b) @ np.linalg.inv(shift) @ self._to_small_b @ self._estimate
         return matrix / matrix[2, 2]
 
-    def corner_error(self, fit: Fit, clusters: NDArray[np.intp]) -> float:
-        """Standard error of the corners of a's picture, root mean square, in pixels of b.
+    def covariance(self, fit: Fit, clusters: NDArray[np.intp]) -> FloatArray:
+        """Covariance of a fit's parameters: PxP; infinite where fewer than two clusters are there.
 
         By the sandwich formula for a sum of terms of which those within a cluster depend on each other.
 
         Args:
             fit: of all entries.
-            clusters: number of the cluster of each entry, from 0, two or more of them.
+            clusters: number of the cluster of each entry, from 0.
         """
-        count = int(clusters.max()) + 1
-        parameters = len(fit.parameters)
+        count, parameters = int(clusters.max(initial=0)) + 1, len(fit.parameters)
+        if count < 2:
+            return np.full((parameters, parameters), np.inf)
         jacobian = self._jacobian(parameters, self._places)
         _, slopes, curvatures = self._at(np.arange(len(self._tables)), jacobian @ fit.parameters)
         sums = np.zeros((count, parameters))
         np.add.at(sums, clusters, np.einsum("kin,ki->kn", jacobian, slopes))
         bread = np.linalg.pinv(np.einsum("kin,kij,kjm->nm", jacobian, curvatures, jacobian))
-        covariance = bread @ (sums.T @ sums) @ bread * count / (count - 1)
-        at_corners = self._jacobian(parameters, self._corners)
+        return bread @ (sums.T @ sums) @ bread * count / (count - 1)
+
+    def corner_error(self, covariance: FloatArray) -> float:
+        """Standard error of the corners of a's picture, root mean square, in pixels of b."""
+        at_corners = self._jacobian(len(covariance), self._corners)
         variance = np.einsum("kin,nm,kim->k", at_corners, covariance, at_corners).mean()
         return float(np.sqrt(variance) / self._to_small_b[0, 0])
 

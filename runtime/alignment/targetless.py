@@ -24,6 +24,8 @@ ROLL = 4.0  # degrees either way
 LEVELS = (160, 320, 640)  # pixels of the long side of a's footprint
 LARGEST_DISAGREEMENT = 0.02  # of the footprint's diagonal, between the halves, for an estimate to be trusted
 LARGEST_UNCERTAINTY = 0.02  # of the footprint's diagonal
+_SIGNIFICANT = 6.0  # chi-squared of two parameters, 95 %
+_PERSPECTIVE_FRAMES = 3  # one pair's own errors look like perspective
 _COVERAGE = 3.0  # standard errors of the corners within which 95 % of estimates are, measured on RoadScene
 _FLOOR = 0.5  # pixels: edges in two spectra need not coincide any better
 _SMALLEST = 48  # pixels a side of the pictures
@@ -131,13 +133,13 @@ def _refined_half(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: 
 
 
 def _refined(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: Matrix) -> tuple[Level, Fit]:
-    """A similarity, or one with perspective where that is better on tiles that it was not fitted to."""
+    """A similarity, or one with perspective where there is material enough to tell it."""
     coarse, *finer = _levels(frames_a[0].shape)
     level = Level(frames_a, frames_b, matrix, coarse)
     matrix = level.estimate(level.fit(SIMILARITY))
     parameters = SIMILARITY
     level = Level(frames_a, frames_b, matrix, finer[0] if finer else coarse)
-    if _perspective_is_better(level):
+    if len(frames_a) >= _PERSPECTIVE_FRAMES and _perspective_is_clear(level):
         parameters = PERSPECTIVE
     fit = level.fit(parameters)
     for long_side in finer[1:] or finer or [coarse]:
@@ -146,22 +148,21 @@ def _refined(frames_a: Sequence[Image], frames_b: Sequence[Image], matrix: Matri
     return level, fit
 
 
-def _perspective_is_better(level: Level) -> bool:
-    gain = 0.0
-    for half in (0, 1):
-        mine, other = level.half == half, level.half != half
-        similarity = level.fit(SIMILARITY, mine)
-        perspective = level.fit(PERSPECTIVE, mine, similarity.parameters)
-        gain += float(level.values(perspective, other).sum() - level.values(similarity, other).sum())
-    return gain > 0
+def _perspective_is_clear(level: Level) -> bool:
+    """Whether the two parameters of perspective are significant, by what varies between regions and between frames."""
+    fit = level.fit(PERSPECTIVE)
+    covariance = level.covariance(fit, level.region) + level.covariance(fit, level.frame)
+    perspective = fit.parameters[SIMILARITY:]
+    if not np.isfinite(covariance).all():
+        return False
+    inverse = np.linalg.pinv(covariance[SIMILARITY:, SIMILARITY:])
+    return bool(perspective @ inverse @ perspective > _SIGNIFICANT)
 
 
 def _standard_error(level: Level, fit: Fit, frames: int) -> float:
     """Of the corners of a's picture, in pixels of b: what is larger, by regions of the picture or by frames."""
-    errors = [level.corner_error(fit, level.region)]
-    if frames > 1:
-        errors.append(level.corner_error(fit, level.frame))
-    return max(errors)
+    clusters = [level.region] if frames == 1 else [level.region, level.frame]
+    return max(level.corner_error(level.covariance(fit, numbers)) for numbers in clusters)
 
 
 def _doubt(matrix: Matrix, size: tuple[int, int], disagreement: float, uncertainty: float) -> str:

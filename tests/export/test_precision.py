@@ -205,7 +205,7 @@ def test_choice_takes_the_most_work_that_keeps_the_floor(net: nn.Module, pairs: 
     assert reached(choice.count) == pytest.approx(choice.psnr, abs=1e-3)
     assert reached(choice.count + 1) < floor
     assert (
-        choice.text().count("int8") == choice.count + 2
+        choice.text().count("int8") == choice.count + 1
         and choice.text().count("float\n") == len(choice.units) - choice.count
     )
     with pytest.raises(InputError, match=r"no layer keeps 500 dB in INT8; give a lower --int8-floor"):
@@ -233,7 +233,7 @@ def test_graph_computes_what_was_simulated(net: nn.Module, pairs: list, remainde
     error = psnr(expected, exact)
     # Values on the edge between two integers fall to either side, so that the errors are alike and not equal.
     assert psnr(fused, exact) == pytest.approx(error, abs=1.5)
-    assert psnr(fused, expected) > error + 3
+    assert psnr(fused, expected) > error + (1 if half else 3)
 
 
 def test_graph_is_symmetric_and_typed(net: nn.Module) -> None:

@@ -178,8 +178,11 @@ def test_demo(run, tmp_path, model):
         r"\(as asked for\), backend .*\)",
         last,
     )
-    assert files(tmp_path) == {f"out/demo/{name}.png" for name in ("infrared", "visible", "fused", "side_by_side")}
+    pictures = {f"out/demo/{name}.png" for name in ("infrared", "visible", "fused", "side_by_side")}
+    assert files(tmp_path) == pictures | {"out/demo/clip.mp4"}
     assert cv2.imread(str(tmp_path / "out/demo/fused.png")).shape == (480, 640, 3)
+    clip = cv2.VideoCapture(str(tmp_path / "out/demo/clip.mp4"))
+    assert clip.get(cv2.CAP_PROP_FRAME_COUNT) == 100 and clip.read()[1].shape == (504, 1920, 3)
 
 
 def test_demo_with_the_embedded_model(run, tmp_path):
@@ -187,7 +190,9 @@ def test_demo_with_the_embedded_model(run, tmp_path):
         pytest.skip("no embedded model runtime/models/ivif.onnx yet")
     done = run("demo", "-o", "pictures")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "model ivif" in done.stdout and (tmp_path / "pictures/fused.png").exists()
+    still, clip = done.stdout.splitlines()[-1], done.stdout.splitlines()[-2]
+    assert "model ivif (auto: stills)" in still and (tmp_path / "pictures/fused.png").exists()
+    assert "model ivif-lite (auto: live pictures on a CPU)" in clip and (tmp_path / "pictures/clip.mp4").exists()
 
 
 def test_fuse_and_demo_import_no_torch(tmp_path, model, pair):
