@@ -52,7 +52,7 @@ def psnr(x: np.ndarray, y: np.ndarray) -> float:
     return -10 * math.log10(float(np.square(x - y, dtype=np.float64).mean()) + 1e-30)
 
 
-@pytest.fixture(scope="module", params=[FusionNet, LiteNet], ids=["full", "lite"])
+@pytest.fixture(scope="module", params=[pytest.param(FusionNet, marks=pytest.mark.slow), LiteNet], ids=["full", "lite"])
 def network(request: pytest.FixtureRequest) -> nn.Module:
     return random_net(request.param)
 

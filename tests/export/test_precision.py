@@ -34,7 +34,7 @@ def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return crop([(a, b) for a, b in tensors], 48)
 
 
-@pytest.fixture(scope="module", params=["full", "lite"])
+@pytest.fixture(scope="module", params=[pytest.param("full", marks=pytest.mark.slow), "lite"])
 def net(request: pytest.FixtureRequest) -> nn.Module:
     """Trained weights of the full network; random ones of the lite, whose head would otherwise be 0."""
     if request.param == "full":

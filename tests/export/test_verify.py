@@ -167,5 +167,4 @@ def test_pictures_too_small_for_metrics(model: Path, lite_weights: Path, tmp_pat
     path = make_onnx(lite_weights, tmp_path / "tiny.onnx", Graph("fp32", (16, 24)))
     (report,) = verify({"m": load_model(path)}, load_reference({}, lite_weights), find_pairs(None, 1), progress=False)
     assert report.changes.keys() == {"Qabf", "SSIM"}  # VIF needs 41 pixels
-    qabf, vif, ssim = report.text().splitlines()[-1].rsplit("  ", 3)[1:]
-    assert qabf.endswith("%") and vif.strip() == "-" and ssim.endswith("%")
+    assert report.text().split()[-5:] == ["+0.00", "%", "-", "+0.00", "%"]
