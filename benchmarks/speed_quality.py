@@ -3,10 +3,10 @@
     python -m benchmarks.speed_quality [--task ivif] [--data DIR] [--threads 2] [--out docs/speed_quality.png]
 
 Speed: 640x480, the methods in turn, five frames each, so that what else the machine does strikes all alike. "network"
-is luma in and luma out, "picture" two camera pictures in and a coloured one out, "end to end" two JPEG files' bytes in
-and a coloured picture out. Quality: Qabf, VIF, SSIM (TDFusion convention) on the pairs below --data, or on frames of the
-generated night road where none is given; fused pictures are stretched to their own range, those of the baselines are
-not, as they use the range of the sources.
+is luma in and luma out, "picture" two camera pictures in and a coloured one out, "end to end" two JPEG files' bytes
+in and a coloured picture out. Quality: Qabf, VIF, SSIM (TDFusion convention) on the pairs below --data, or on frames
+of the generated night road where none is given; fused pictures are stretched to their own range, those of the
+baselines are not, as they use the range of the sources.
 """
 
 from __future__ import annotations
