@@ -6,8 +6,8 @@ A trial takes some pairs at random, cuts them to one size and samples the infrar
 turned by up to 3 degrees, shifted by up to 30 pixels, one transformation for all pairs of a trial, and cut to the
 rectangle that holds picture everywhere. `--turn` adds the perspective of cameras that are turned to each other. The
 corner error is the mean distance, over the corners of the infrared picture, between where the estimate puts them in the
-visible one and where they belong. The last row of a table shows what happens where nothing can be right: pairs whose two
-pictures show different scenes.
+visible one and where they belong. The last row of a table shows what happens where nothing can be right: pairs whose
+two pictures show different scenes.
 
 DIR is a folder with sub-folders a and b, or one in which ivif/dev/RoadScene is such a folder. RoadScene's own pairs are
 off by about 2 pixels, which is part of every error here.

@@ -64,8 +64,8 @@ def crop(pairs: Pairs, side: int) -> Pairs:
 
 
 def _luma(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
-    a, b = (torch.from_numpy(apply_tone(x, "percentile"))[None, None] for x in (a, b))
-    return a, b
+    luma_a, luma_b = (torch.from_numpy(apply_tone(x, "percentile"))[None, None] for x in (a, b))
+    return luma_a, luma_b
 
 
 class Histogram:

@@ -38,7 +38,7 @@ def _displayed(picture: np.ndarray, tone: Tone) -> NDArray[np.uint8]:
 def _captioned(picture: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:
     width = picture.shape[1]
     (text_width, _), _ = cv2.getTextSize(caption, _FONT, 0.5, 1)
-    scale = 0.5 * min(1.0, (width - 8) / text_width) if width > 8 else 0.1
+    scale = 0.5 * min(1.0, (width - 8) / max(text_width, 1)) if width > 8 else 0.1
     bar = np.zeros((CAPTION_HEIGHT, width, 3), np.uint8)
     cv2.putText(bar, caption, (4, CAPTION_HEIGHT - 7), _FONT, scale, (230, 230, 230), 1, cv2.LINE_AA)
     return np.vstack([bar, picture])

@@ -53,6 +53,7 @@ def pairs(tmp_path: Path) -> Path:
 # What is made
 
 
+@pytest.mark.slow
 def test_three_precisions_in_one_table(
     lite_weights: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_three_precisions_in_one_table(
     assert metadata(out / names[2])["int8_convolutions"].endswith("of 20")
 
 
+@pytest.mark.slow
 def test_rebuilding_gives_the_same_file(lite_weights: Path, pairs: Path, tmp_path: Path) -> None:
     options = {"size": (16, 24), "int8": Int8(pairs)}
     for precision in ("fp16", "int8"):
@@ -85,6 +87,7 @@ def test_rebuilding_gives_the_same_file(lite_weights: Path, pairs: Path, tmp_pat
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_out_names_a_file_or_a_folder(lite_weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "mine.onnx"
     assert build(lite_weights, file, "fp32", (16, 24)) == file
@@ -97,6 +100,7 @@ def test_out_names_a_file_or_a_folder(lite_weights: Path, tmp_path: Path) -> Non
     assert session.run(None, {"a": a, "b": b})[0].shape == (3, 1, 9, 24)
 
 
+@pytest.mark.slow
 def test_triton_repository(lite_weights: Path, tmp_path: Path) -> None:
     folder = build(lite_weights, tmp_path / "repository", "fp16", (0, 0), batch=0, form="triton-repository")
     assert folder == tmp_path / "repository" / "ivif-random-fp16-dynamic-batch"

@@ -16,7 +16,6 @@ from runtime import Fuser, InputError
 from runtime.color import chroma, compose, luma
 from runtime.model_files import MODELS
 from runtime.scenes import night_road
-from runtime.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
