@@ -18,7 +18,7 @@ OPSETS = range(18, 23)  # what the exporter writes and ONNX Runtime 1.23 reads, 
 OPSET = 18  # the default: TensorRT 10.3 reads up to 20
 FLOAT16_SCALES = 19  # the opset from which INT8 can stand beside float16
 DEFAULT_SIZE = (480, 640)
-FLOOR = 50.0  # dB that the choice of INT8 layers keeps on the calibration pictures
+FLOOR = 52.0  # dB that the choice of INT8 layers keeps on the calibration pictures
 MAX_BATCH = 8  # pairs in a call of an engine or server, where the model leaves it free
 
 Size = tuple[int, int]  # height, width; 0 leaves a side free

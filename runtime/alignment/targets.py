@@ -312,7 +312,8 @@ def _reprojection(
 
 def _find_chessboard(grey: np.ndarray, target: Target) -> np.ndarray | None:
     size = (target.columns, target.rows)
-    found, points = cv2.findChessboardCornersSB(grey, size, flags=cv2.CALIB_CB_NORMALIZE_IMAGE)
+    # Without its own normalisation, which moves corners by pixels where the board fills a part of the picture.
+    found, points = cv2.findChessboardCornersSB(grey, size, flags=0)
     if found:
         return points
     found, points = cv2.findChessboardCorners(grey, size, flags=cv2.CALIB_CB_ADAPTIVE_THRESH | cv2.CALIB_CB_FAST_CHECK)
