@@ -90,7 +90,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
     with _progress_bar() as progress:
         pictures = None
         if args.a is not None:
-            count = args.frames or (_FRAMES_TARGET if target else _FRAMES)
+            default = _FRAMES_TARGET if target else _FRAMES
+            count = default if args.frames is None else args.frames
             pictures = read_pairs(args.a, args.b, count, lambda share: progress(0.2 * share))
         roll = ROLL if args.roll is None else args.roll
         calibration, report = calibrate(
