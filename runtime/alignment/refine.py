@@ -171,7 +171,9 @@ class Level:
         return bread @ (sums.T @ sums) @ bread * count / (count - 1)
 
     def corner_error(self, covariance: FloatArray) -> float:
-        """Standard error of the corners of a's picture, root mean square, in pixels of b."""
+        """Standard error of the corners of a's picture, root mean square, in pixels of b; infinite if that is."""
+        if not np.isfinite(covariance).all():
+            return float("inf")
         at_corners = self._jacobian(len(covariance), self._corners)
         variance = np.einsum("kin,nm,kim->k", at_corners, covariance, at_corners).mean()
         return float(np.sqrt(variance) / self._to_small_b[0, 0])
