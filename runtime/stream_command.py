@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--backend", default="auto", help="what computes it (default: %(default)s)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads of one picture (default: all cores)")
-    model.add_argument("--calibration", metavar="FILE", help="of refusion calibrate, ROS or Kalibr: aligns the cameras")
+    model.add_argument("--calibration", metavar="FILE", help="of refusion calibrate: aligns the cameras")
     model.add_argument(
         "--tone",
         default="percentile",

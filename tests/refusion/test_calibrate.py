@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from runtime.alignment.fields import corner_distance
+from runtime.alignment.material import read_pairs
 from runtime.calibration import load_calibration
 from runtime.register import Registration
 from runtime.scenes import night_road
@@ -112,6 +113,20 @@ def test_videos(run, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert_right(tmp_path / "rig.yaml")
     assert files(tmp_path) == {"a.avi", "b.avi", "rig.yaml", "seen.jpg"}
+
+
+def test_thermal_counts_of_a_video_keep_their_16_bits(tmp_path):
+    av = pytest.importorskip("av", reason="needs the extra 'stream'")
+    pictures = np.random.default_rng(0).integers(0, 16384, (6, 96, 128)).astype(np.uint16)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=9)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "gray16le"
+        frames = [av.VideoFrame.from_ndarray(picture, format="gray16le") for picture in pictures]
+        for frame in [*frames, None]:
+            container.mux(stream.encode(frame))
+    read = read_pairs(str(tmp_path / "a.mkv"), str(tmp_path / "a.mkv"), 3)
+    assert [image.dtype for image in read.a] == [np.uint16] * 3
+    assert all(any(np.array_equal(image, picture) for picture in pictures) for image in read.a)
 
 
 def test_cameras_by_uri(run, tmp_path):
