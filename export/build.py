@@ -153,7 +153,7 @@ def make_onnx(
         network.load_state_dict(equalised.state_dict())
         metadata = {**metadata, **stated}
     elif sensitivity and graph.half:
-        sensitivity(_island_table(net, graph.int8))
+        sensitivity(_island_table(net))
     if graph.io == "bgr":
         network = PictureNet(network, stretch=graph.range == "stretch")
         limits = {f"network.{name}": limit for name, limit in limits.items()}
@@ -167,7 +167,7 @@ def _choose_int8(
     net: FusionNet | LiteNet, task: str, int8: Int8, sensitivity: Callable[[str], None] | None
 ) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
     """The float32 network as INT8 wants it, limits of the inputs of what becomes INT8, and what the metadata say."""
-    from export.calibrate import crop, generated_pairs, input_limits, read_pairs
+    from export.calibrate import CROP, crop, generated_pairs, input_limits, read_pairs
     from export.network import deploy, quantizable
     from export.precision import choose, equalise
 
@@ -175,7 +175,7 @@ def _choose_int8(
         pairs = read_pairs(int8.calibration, skip_bad=int8.skip_bad)
         source = f"{len(pairs)} pairs of {int8.calibration.resolve().name}"
     elif task == "ivif":
-        pairs, source = generated_pairs(), "generated scenes"
+        pairs, source = crop(generated_pairs(), CROP), "generated scenes"
         log.warning("calibrating on generated night scenes; give --calibration DIR with pairs like those to come")
     else:
         raise InputError("INT8 needs pictures of the task: give --calibration DIR, with sub-folders a and b")
@@ -195,16 +195,14 @@ def _choose_int8(
     return network, {name: limits[name] for name in choice.convolutions}, stated
 
 
-def _island_table(net: FusionNet | LiteNet, int8: Int8) -> str:
-    from export.calibrate import crop, generated_pairs, read_pairs
+def _island_table(net: FusionNet | LiteNet) -> str:
+    from export.calibrate import generated_pairs
     from export.precision import measure_islands
     from export.table import aligned
 
-    pairs = read_pairs(int8.calibration) if int8.calibration else generated_pairs()
-    worth = measure_islands(net, crop(_spread(pairs)[::2], SWEEP_CROP))
-    return aligned(
-        [["float16 with float32 islands", "PSNR, dB"], *([name, f"{psnr:.1f}"] for name, psnr in worth.items())]
-    )
+    # Whole pictures: what overflows are sums over them.
+    worth = measure_islands(net, generated_pairs(2))
+    return aligned([["float16 with", "PSNR, dB"], *([name, f"{psnr:.1f}"] for name, psnr in worth.items())])
 
 
 def _spread(pairs: list) -> list:

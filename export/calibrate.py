@@ -47,9 +47,9 @@ def read_pairs(folder: str | Path, *, skip_bad: bool = False) -> Pairs:
     return crop([_luma(*scene.load()[:2]) for scene in tqdm(spread, "reading", unit="pair", disable=None)], CROP)
 
 
-def generated_pairs() -> Pairs:
-    """Frames of the generated night road, for a calibration without pictures."""
-    return crop([_luma(*night_road(frame=97 * i, seed=i)) for i in range(MIN_PAIRS)], CROP)
+def generated_pairs(count: int = MIN_PAIRS) -> Pairs:
+    """Frames of the generated night road, 480x640, for a calibration without pictures."""
+    return [_luma(*night_road(frame=97 * i, seed=i)) for i in range(count)]
 
 
 def crop(pairs: Pairs, side: int) -> Pairs:
