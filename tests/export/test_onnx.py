@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -65,14 +66,15 @@ def any_size(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.slow
 def test_equals_pytorch_at_any_size(network: nn.Module, any_size: Path) -> None:
-    loaded = session(any_size)
+    loaded, double = session(any_size), copy.deepcopy(network).double()
     for n, height, width in [(1, 1, 1), (1, 1, 7), (2, 7, 13), (3, 33, 47), (1, 331, 585)]:
+        torch.manual_seed(height)
         a, b = torch.rand(2, n, 1, height, width)
         with torch.inference_mode():
-            expected = network(a, b).numpy()
+            exact = double(a.double(), b.double()).numpy()
         fused = run(loaded, a, b)
         assert fused.shape == (n, 1, height, width)
-        np.testing.assert_allclose(fused, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(fused, exact, rtol=0, atol=4e-5)  # PyTorch's float32 is up to 5e-5 from it
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 from runtime.errors import InputError
 from runtime.frames import Frame
 from runtime.offset import MotionSensor, Offset, estimate_offset, measure_offset
+from runtime.sinks.bag import DEFINITIONS, IMAGE_TYPE, image_message
 
 UNIX = 1.7e9
 SIZE = (120, 160)
@@ -105,10 +107,30 @@ def test_too_short_a_look_is_refused():
         measure_offset("demo://night", None, 2)
 
 
-@pytest.mark.slow
-def test_two_sources_whose_clocks_differ():
-    """Through the sources: the demo's thermal camera with stamps that are 300 ms late."""
-    size = "size=160x120"
-    a, b = f"demo://night/infrared?{size}&late_ms=300", f"demo://night/visible?{size}"
-    result = measure_offset(a, b, 24, progress=False)
-    assert result.seconds == pytest.approx(-0.3, abs=max(result.uncertainty, 0.03) + 0.02)
+def write_bag(path: pathlib.Path, **films: list[Frame]) -> pathlib.Path:
+    """A bag of ROS 2 images with a topic for each film, by the stamps of its clock."""
+    from mcap.writer import Writer
+
+    with path.open("wb") as file:
+        writer = Writer(file)
+        writer.start("ros2")
+        schema = writer.register_schema(IMAGE_TYPE, "ros2msg", DEFINITIONS[IMAGE_TYPE].encode())
+        for topic, frames in films.items():
+            channel = writer.register_channel(f"/{topic}", "cdr", schema)
+            for frame in frames:
+                stamp = round(frame.time * 1e9)
+                writer.add_message(channel, stamp, image_message(frame.image, stamp, topic), stamp)
+        writer.finish()
+    return path
+
+
+def test_two_sources_whose_clocks_differ(tmp_path: pathlib.Path):
+    """Through the sources: a recording of both cameras, the thermal one's clock 300 ms ahead."""
+    pytest.importorskip("mcap_ros2")
+    rng = np.random.default_rng(7)
+    path = hand(rng)
+    films = {"thermal": film(path, 9, 0.3, rng, thermal=True), "visible": film(path, 30, 0, rng, thermal=False)}
+    bag = write_bag(tmp_path / "both.mcap", **films)
+    a, b = (f"mcap://{bag}?topic=/{topic}&realtime=0" for topic in films)
+    result = measure_offset(a, b, 60, progress=False)
+    assert result.seconds == pytest.approx(-0.3, abs=0.015)
