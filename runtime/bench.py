@@ -33,9 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import choose_backend, load_backend, runs_on_gpu
+from runtime.calibration import Calibration
+from runtime.camera import Camera
 from runtime.color import apply_tone, chroma, compose, fused_chroma, is_grey, stretch
 from runtime.errors import InputError
 from runtime.model_files import SUFFIXES, find_model
+from runtime.register import Registration
 from runtime.scenes import night_road
 
 STAGES = ("read", "decode", "register", "tone", "network", "colour", "sink")
@@ -117,7 +120,7 @@ class Pipeline:
             built = f"{self.backend.size[1]}x{self.backend.size[0]}"
             raise InputError(f"model {self.path.stem} is built for {built}, not for {case.width}x{case.height}")
         self._files = _write_pictures(folder, size)
-        self._maps = _warp(size)
+        self._register = Registration(_small_turn(size))
         self._number = 0
 
     def run(self) -> dict[str, float]:
@@ -129,7 +132,7 @@ class Pipeline:
         lap("read")
         a, b = (_decoded(encoded) for encoded in data)
         lap("decode")
-        a = cv2.remap(a, *self._maps, cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+        a, b = self._register(a, b)
         lap("register")
         fused = self.fuse(a, b, lap)
         cv2.imencode(".jpg", fused)
@@ -192,14 +195,11 @@ def _write_pictures(folder: Path, size: tuple[int, int]) -> list[tuple[Path, Pat
     return files
 
 
-def _warp(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Fixed-point maps of a small turn and shift, as a calibrated pair of cameras has."""
+def _small_turn(size: tuple[int, int]) -> Calibration:
+    """A small turn and scale, as between the cameras of a calibrated pair."""
     height, width = size
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), 1.5, 1.02)
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    u, v = (row[0] * x + row[1] * y + row[2] for row in turn)
-    first, second = cv2.convertMaps(u.astype(np.float32), v.astype(np.float32), cv2.CV_16SC2)
-    return first, second
+    return Calibration(Camera(size), Camera(size), np.vstack([turn, [0, 0, 1]]), "targetless")
 
 
 def measure(case: Case, progress: Callable[[float], None]) -> dict[str, Any]:

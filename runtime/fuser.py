@@ -28,6 +28,7 @@ from runtime.errors import InputError
 from runtime.model_files import SUFFIXES, find_model
 
 WARM_SIZE = (64, 64)
+BUILT_IN = {"range": "stretch", "chroma": "auto"}  # of a model that makes the whole picture and does not say
 
 log = logging.getLogger("refusion")
 
@@ -46,7 +47,8 @@ class Fuser:
         live: the frames come from a stream: on a CPU "auto" then takes the lite model.
         threads: CPU threads that compute one frame; None takes every core that the process may use.
         range: "stretch": the network's own minimum..maximum becomes 0..255, image by image, as in the authors' code.
-            "keep": 0..1 becomes 0..255. "smooth": as "stretch", with limits smoothed from call to call, for streams.
+            "keep": 0..1 becomes 0..255. "smooth": as "stretch", with limits smoothed from call to call. "auto": smooth
+            for live frames and stretch for others, or what a model that makes the whole picture has built in.
         chroma: where the colour comes from, see `runtime.color.fused_chroma`.
         tone: brightness of 16-bit grey sources (raw thermal frames), see `runtime.color.apply_tone`: "full",
             "percentile", "LOW:HIGH" or (low, high) in counts.
@@ -74,24 +76,34 @@ class Fuser:
         backend: str = "auto",
         live: bool = False,
         threads: int | None = None,
-        range: str = "stretch",
+        range: str = "auto",
         chroma: str = "auto",
         tone: Tone = "full",
         warm_size: tuple[int, int] | None = None,
     ):
         self._smooth_range = SmoothRange()
-        self.range, self.chroma, self.tone = range, chroma, parse_tone(tone)
+        self._built_in: dict[str, str] = {}
+        self.range = ("smooth" if live else "stretch") if range == "auto" else range
+        self.chroma, self.tone = chroma, parse_tone(tone)
         named = next((Path(p) for p in (task, model) if Path(p).suffix in SUFFIXES), None)
         self.backend, why_backend = choose_backend(backend, named)
         path, why_model = find_model(task, model, live=live, gpu=runs_on_gpu(self.backend))
         self._backend: Backend = load_backend(path, self.backend, threads)
         self.model = path.stem
+        if self._backend.batch not in (None, 1):
+            raise InputError(
+                f"model {self.model} takes {self._backend.batch} pairs at once, and here they come one by one; export "
+                "it with --batch 1 or --batch 0"
+            )
         self.choice = f"model {self.model} ({why_model}), backend {self.backend} ({why_backend})"
         self.metadata = self._backend.metadata
         self.task = self.metadata.get("task")
         self.threads = self._backend.threads
         self._bgr = self.metadata.get("io") == "bgr"
-        self._check_built_in_policies()
+        if self._bgr:  # it has its policies in the graph
+            self._built_in = {name: self.metadata.get(name, usual) for name, usual in BUILT_IN.items()}
+            self.range = self._built_in["range"] if range == "auto" else range
+            self.chroma = chroma
         self._swap_announced = False
         self._warm_up(warm_size)
 
@@ -103,6 +115,7 @@ class Fuser:
     def range(self, policy: str) -> None:
         if policy not in RANGE_POLICIES:
             raise InputError(f"unknown range policy '{policy}'; choose from {', '.join(RANGE_POLICIES)}")
+        self._check_built_in("range", policy)
         self._range = policy
 
     @property
@@ -112,6 +125,7 @@ class Fuser:
     @chroma.setter
     def chroma(self, policy: str) -> None:
         check_chroma_policy(policy)
+        self._check_built_in("chroma", policy)
         self._chroma = policy
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> NDArray[np.uint8]:
@@ -195,13 +209,11 @@ class Fuser:
                 f"{width}x{height}; resize them or take a model of dynamic size"
             )
 
-    def _check_built_in_policies(self) -> None:
-        """A model that makes the whole picture has its policies in the graph."""
-        built_in = self.metadata.get("range", "stretch"), self.metadata.get("chroma", "auto")
-        if self._bgr and (self._range, self._chroma) != built_in:
+    def _check_built_in(self, name: str, policy: str) -> None:
+        if self._built_in.get(name, policy) != policy:
             raise InputError(
-                f"model {self.model} has range {built_in[0]} and chroma {built_in[1]} built in; ask for those, or take "
-                "a model with --io luma"
+                f"model {self.model} has {name} {self._built_in[name]} built in, not {policy}; ask for that, or take a "
+                "model with --io luma"
             )
 
     def _warm_up(self, size: tuple[int, int] | None) -> None:

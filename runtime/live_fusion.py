@@ -48,11 +48,13 @@ class PairFuser(Protocol):
 
     Attributes:
         model: its name.
+        choice: why this model, in one line.
         threads: CPU threads that compute one frame, 0 where a GPU does.
         range, chroma: the policies; they may be changed between two calls.
     """
 
     model: str
+    choice: str
     threads: int
     range: str
     chroma: str
@@ -65,10 +67,12 @@ class Average:
     """The mean of both pictures: no network, to set up cameras on any machine and to measure everything else."""
 
     model = "average"
+    choice = "model average (no network)"
     threads = 1
 
-    def __init__(self, range: str = "smooth", chroma: str = "auto"):
-        self.range, self.chroma = range, chroma
+    def __init__(self, range: str = "auto", chroma: str = "auto"):
+        self.range = "smooth" if range == "auto" else range
+        self.chroma = chroma
         self._limits = SmoothRange()
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> NDArray[np.uint8]:
@@ -117,15 +121,15 @@ class LiveFusion:
         """Take other policies from the next picture on: any of range, chroma, tone; any thread may call it.
 
         Raises:
-            InputError: an unknown one; nothing is changed then.
+            InputError: an unknown one, or one that the model doesn't let choose; nothing is changed then.
         """
         range_, chroma = str(policy.get("range", self.fuser.range)), str(policy.get("chroma", self.fuser.chroma))
         if range_ not in RANGE_POLICIES:
             raise InputError(f"unknown range policy '{range_}'; choose from {', '.join(RANGE_POLICIES)}")
         check_chroma_policy(chroma)
-        if "tone" in policy:
-            self._tone = StreamTone(policy["tone"])
+        tone = StreamTone(policy["tone"]) if "tone" in policy else self._tone
         self.fuser.range, self.fuser.chroma = range_, chroma
+        self._tone = tone
 
     def __call__(self, pair: Pair, stages: dict[str, float]) -> NDArray[np.uint8]:
         """One picture of a pair: HxWx3 (BGR), or HxW where neither camera has colour.

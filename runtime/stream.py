@@ -83,7 +83,7 @@ class Stream:
         fuser: PairFuser | None = None,
         calibration: str | Path | None = None,
         tone: str | tuple[float, float] = "percentile",
-        range: str = "smooth",
+        range: str = "auto",
         chroma: str = "auto",
         pairing: Pairing | None = None,
         sinks: Sequence[str | Callable[[FusedFrame], object]] = (),
@@ -293,8 +293,8 @@ def load_fuser(task: str, model: str, backend: str, threads: int | None, range: 
         InputError: no such task, model, backend or policy.
     """
     if model == "average":
-        fuser = Average()
-        LiveFusion(fuser).change({"range": range, "chroma": chroma})
+        fuser = Average(range, chroma)
+        LiveFusion(fuser).change({})  # checks the policies
         return fuser
     from runtime.fuser import Fuser
 

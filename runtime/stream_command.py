@@ -69,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--range",
-        default="smooth",
-        metavar="smooth|stretch|keep",
-        help="stretch with limits that follow the scene slowly, stretch each picture by itself, or keep the network's "
-        "values (default: %(default)s)",
+        default="auto",
+        metavar="auto|smooth|stretch|keep",
+        help="stretch with limits that follow the scene slowly (auto), stretch each picture by itself, or keep the "
+        "network's values; a model that makes the whole picture has one built in",
     )
     model.add_argument(
         "--chroma", default="auto", metavar="auto|a|b|mix|official|none", help="whose colour (default: %(default)s)"
@@ -129,6 +129,9 @@ def run(args: argparse.Namespace) -> None:
 
     for number in previous:
         signal.signal(number, end)
+    print(f"refusion: {stream.fusion.fuser.choice}", file=sys.stderr)
+    for sink in stream.status()["sinks"]:
+        print(f"refusion: to {sink['url']}", file=sys.stderr)
     try:
         with stream, _Progress(stream):
             status = stream.run()

@@ -64,7 +64,6 @@ def run_demo(args: argparse.Namespace) -> None:
     height, width = SIZE
     print(f"sources and result in one: {panel}")
     live = _fuser(args, warm_size=SIZE, live=True)
-    live.range = "smooth" if args.range == "stretch" else args.range  # a video would flicker
     clip = Path(args.out) / "clip.mp4"
     frame_seconds = fuse_clip(live, clip)
     print(f"clip: {clip} ({1 / frame_seconds:.0f} frames/s, {width}x{height}, {_describe(live)})")
@@ -88,10 +87,10 @@ def _add_fuser_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--range",
-        default="stretch",
-        metavar="stretch|keep|smooth",
-        help="stretch each picture to its own minimum and maximum, keep the network's values, or stretch with limits "
-        "smoothed from picture to picture (default: %(default)s)",
+        default="auto",
+        metavar="auto|stretch|keep|smooth",
+        help="stretch each picture to its own minimum and maximum (auto), keep the network's values, or stretch with "
+        "limits smoothed from picture to picture (auto for video)",
     )
     parser.add_argument(
         "--chroma",

@@ -22,11 +22,13 @@ class Backend(Protocol):
     Attributes:
         metadata: what the model file says of itself (`task`, `input_order`, `precision`, ...), strings.
         size: (H, W) that the model is fixed to, None for a side that may be any.
+        batch: number of pairs N that the model is fixed to, None where it may be any.
         threads: CPU threads that compute one frame, 0 where a GPU does.
     """
 
     metadata: dict[str, str]
     size: tuple[int | None, int | None]
+    batch: int | None
     threads: int
 
     def run(self, a: np.ndarray, b: np.ndarray) -> np.ndarray: ...
@@ -110,6 +112,11 @@ def check_model_inputs(path: str | Path, shapes: dict[str, tuple[list[object], s
             raise InputError(
                 f"model {path} has input {name} {kind} {shape}, neither float32 (N, 1, H, W) nor uint8 (N, H, W, 3)"
             )
+
+
+def fixed_batch(shape: list[object]) -> int | None:
+    """Number of pairs that an input of this shape is fixed to, None where it may be any."""
+    return shape[0] if isinstance(shape[0], int) else None
 
 
 def image_size(shape: list[object], kind: str) -> tuple[int | None, int | None]:

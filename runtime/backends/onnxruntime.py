@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from runtime.backends import check_model_inputs, image_size
+from runtime.backends import check_model_inputs, fixed_batch, image_size
 from runtime.cuda_driver import CudaDriver, DriverError
 from runtime.errors import InputError
 
@@ -53,9 +53,9 @@ def engine_cache() -> Path:
 class OnnxRuntimeBackend:
     """A loaded fusion model, see `runtime.backends.Backend`."""
 
-    def __init__(self, session: ort.InferenceSession, size: tuple[int | None, int | None], threads: int):
+    def __init__(self, session: ort.InferenceSession, shape: list[object], kind: str, threads: int):
         self._session = session
-        self.size = size
+        self.size, self.batch = image_size(shape, kind), fixed_batch(shape)
         self.threads = threads
         self.metadata: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
 
@@ -79,7 +79,7 @@ class OnnxRuntimeBackend:
         session = _session(Path(path), options, PROVIDERS[device])
         shapes = {node.name: (node.shape, _KINDS.get(node.type, node.type)) for node in session.get_inputs()}
         check_model_inputs(path, shapes, [node.name for node in session.get_outputs()])
-        return cls(session, image_size(*shapes["a"]), 0 if device != "cpu" else options.intra_op_num_threads)
+        return cls(session, *shapes["a"], 0 if device != "cpu" else options.intra_op_num_threads)
 
     def run(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Fuse a and b, arrays as `runtime.backends.Backend` says; the result is a new array."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends import check_model_inputs, image_size
+from runtime.backends import check_model_inputs, fixed_batch, image_size
 from runtime.errors import InputError
 
 _KINDS = {"f32": "float32", "u8": "uint8"}
@@ -19,9 +19,10 @@ class OpenVinoBackend:
     It computes in float32: OpenVINO's own choice on a CPU with bfloat16 is that, which is off by up to 0.014.
     """
 
-    def __init__(self, compiled: Any, metadata: dict[str, str], size: tuple[int | None, int | None], threads: int):
+    def __init__(self, compiled: Any, metadata: dict[str, str], shape: list[object], kind: str, threads: int):
         self._request = compiled.create_infer_request()
-        self.metadata, self.size, self.threads = metadata, size, threads
+        self.metadata, self.threads = metadata, threads
+        self.size, self.batch = image_size(shape, kind), fixed_batch(shape)
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None) -> OpenVinoBackend:
@@ -62,7 +63,7 @@ class OpenVinoBackend:
             for port in compiled.inputs
         }
         check_model_inputs(path, shapes, [port.any_name for port in compiled.outputs])
-        return cls(compiled, metadata, image_size(*shapes["a"]), threads)
+        return cls(compiled, metadata, *shapes["a"], threads)
 
     def run(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Fuse a and b, arrays as `runtime.backends.Backend` says; the result is a new array."""

@@ -51,6 +51,7 @@ class TensorRTBackend:
     Attributes:
         metadata: what the engine's model says of itself (`task`, `input_order`, `precision`, `io`, ...), strings.
         size: (H, W) that the engine is fixed to, None for a side that may vary.
+        batch: number of pairs that it is fixed to, None where it may vary.
         smallest, usual, largest: (H, W) of the profile: what the engine takes, and what it is fastest for.
         threads: 0, the GPU computes.
     """
@@ -71,6 +72,8 @@ class TensorRTBackend:
             self._stream = self._cuda.Stream()
         self._captures = key["builder"]["library"] == "tensorrt"
         self.size = check_tensors(path, self._tensors)
+        fewest, _, most = (shape[0] for shape in self._tensors["a"].profile)
+        self.batch = fewest if fewest == most else None
         axis = height_axis(self._tensors["a"])
         self.smallest, self.usual, self.largest = (
             (shape[axis], shape[axis + 1]) for shape in self._tensors["a"].profile

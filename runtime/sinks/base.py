@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from runtime.frames import FusedFrame
 CLOSE_TIMEOUT = 15.0  # seconds that an output may take to write what waits and to finish
 
 log = logging.getLogger("refusion")
+_sinks: weakref.WeakSet[Sink] = weakref.WeakSet()
 
 
 class Output(Protocol):
@@ -60,6 +63,7 @@ class Sink:
         self._busy_seconds = 0.0
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name=f"sink {self.url}", daemon=True)
+        _sinks.add(self)
         self._thread.start()
 
     def write(self, frame: FusedFrame) -> None:
@@ -126,6 +130,13 @@ class Sink:
             self._frames.clear()
         log.error("%s failed and gets no more frames: %s", self.url, line)
         log.debug("the failure of %s", self.url, exc_info=error)
+
+
+@atexit.register
+def _finish_files() -> None:
+    """What nobody closed is whole all the same."""
+    for sink in list(_sinks):
+        sink.close()
 
 
 def temporary_beside(path: Path) -> Path:

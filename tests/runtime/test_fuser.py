@@ -20,13 +20,15 @@ from runtime.scenes import night_road
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_model(path: Path, operation: str = "Max", size: str = "height,width", names: str = "a b fused") -> Path:
+def make_model(
+    path: Path, operation: str = "Max", size: str = "height,width", names: str = "a b fused", batch: str = "1"
+) -> Path:
     """A model of one operation on its two inputs."""
     a, b, fused = names.split()
     onnx.save(
         onnx.parser.parse_model(
             f"""<ir_version: 10, opset_import: ["": 18], metadata_props: ["task": "ivif", "precision": "fp32"]>
-            tiny (float[1,1,{size}] {a}, float[1,1,{size}] {b}) => (float[1,1,{size}] {fused})
+            tiny (float[{batch},1,{size}] {a}, float[{batch},1,{size}] {b}) => (float[{batch},1,{size}] {fused})
             {{ {fused} = {operation}({a}, {b}) }}"""
         ),
         path,
@@ -133,6 +135,44 @@ def test_fixed_size_model_names_both_sizes(tmp_path):
     np.testing.assert_array_equal(fuser(a, a), a)
     with pytest.raises(InputError, match=r"model fixed is built for 64x48 and the images are 64x64"):
         fuser(random_image((64, 64)), random_image((64, 64)))
+
+
+def test_a_model_for_several_pairs_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"takes 4 pairs at once, .* --batch 1 or --batch 0"):
+        Fuser(make_model(tmp_path / "four.onnx", batch="4"))
+    a = random_image((6, 8))
+    np.testing.assert_array_equal(Fuser(make_model(tmp_path / "any.onnx", batch="n"), range="keep")(a, a), a)
+
+
+@pytest.fixture
+def whole_picture(tmp_path: Path) -> Path:
+    """A model that takes colour frames and gives one, with range "keep" built in."""
+    path = tmp_path / "picture.onnx"
+    metadata = '"task": "ivif", "io": "bgr", "range": "keep", "chroma": "auto"'
+    frame = "uint8[1,height,width,3]"
+    text = f"""<ir_version: 10, opset_import: ["": 18], metadata_props: [{metadata}]>
+               tiny ({frame} a, {frame} b) => ({frame} fused) {{ fused = Max(a, b) }}"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_of_the_whole_picture_keeps_its_policies(whole_picture, live):
+    fuser = Fuser(whole_picture, live=live)
+    assert (fuser.range, fuser.chroma) == ("keep", "auto")
+    a, b = random_image((6, 8)), random_image((6, 8, 3), seed=1)
+    np.testing.assert_array_equal(fuser(a, b), np.maximum(a[..., None], b))
+    for name, policy in (("range", "smooth"), ("chroma", "a")):
+        with pytest.raises(InputError, match=f"has {name} .* built in, not {policy}"):
+            Fuser(whole_picture, live=live, **{name: policy})
+        with pytest.raises(InputError, match=f"has {name} .* built in, not {policy}"):
+            setattr(fuser, name, policy)
+    assert (fuser.range, fuser.chroma) == ("keep", "auto")
+
+
+def test_range_is_smooth_for_live_frames_and_stretch_for_others(maximum):
+    assert (Fuser(maximum, live=True).range, Fuser(maximum).range) == ("smooth", "stretch")
+    assert Fuser(maximum, live=True, range="stretch").range == "stretch"
 
 
 GOOD = np.zeros((4, 4), np.uint8)

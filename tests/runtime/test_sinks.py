@@ -208,6 +208,17 @@ def test_ffv1_is_lossless(tmp_path):
             np.testing.assert_array_equal(read.to_ndarray(format="bgr24"), one.image)
 
 
+def test_a_file_that_nobody_closed_is_whole_at_exit(tmp_path: Path):
+    program = f"""
+from runtime import Stream
+for _ in Stream("demo://night?size=96x64", model="average", frames=5, sinks=["file://{tmp_path}/out.mp4"]):
+    pass
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=ROOT)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    assert cv2.VideoCapture(str(tmp_path / "out.mp4")).read()[0]
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_an_interrupted_video_is_playable(tmp_path, suffix):
     pytest.importorskip("av", reason="PyAV is not installed (pip install 'refusion[stream]')")

@@ -328,6 +328,26 @@ def test_policies_change_while_it_runs(folders: tuple[str, str]):
         assert stream.control({}) == answer
 
 
+def test_a_policy_that_the_model_has_built_in_stays():
+    class BuiltIn(Average):
+        @property
+        def range(self) -> str:
+            return "keep"
+
+        @range.setter
+        def range(self, policy: str) -> None:
+            if policy != "keep":
+                raise InputError("range keep is built in")
+
+    fusion = LiveFusion(BuiltIn("keep"))
+    before = fusion.policy
+    with pytest.raises(InputError, match="built in"):
+        fusion.change({"range": "stretch", "tone": "clahe", "chroma": "a"})
+    assert fusion.policy == before
+    fusion.change({"tone": "clahe"})
+    assert fusion.policy == {**before, "tone": "clahe"}
+
+
 def test_the_status_while_it_runs():
     with Stream(DEMO, model="average", frames=20) as stream:
         for _ in stream:
@@ -360,6 +380,7 @@ def test_the_command_line(tmp_path: Path, script: bool):
     assert len(list(out.glob("*.png"))) == 8
     assert json.loads((tmp_path / "s.json").read_text())["frames"] == 8
     assert "refusion: a demo://night/infrared open" in result.stderr
+    assert f"refusion: model average (no network)\nrefusion: to file://{out}/\n" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
