@@ -6,6 +6,7 @@ import itertools
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,20 +112,28 @@ def test_no_torn_pictures_from_a_writer_in_haste(name):
     """Every picture is of one value, which is its index: a mix of two would show."""
     writer = in_process(
         """
-image = np.empty((480, 640, 3), np.uint8)
+image = np.zeros((480, 640, 3), np.uint8)
 writer = ShmWriter(name, slots=3)
+writer.write(image, 0.5, 0)
 print("ready", flush=True)
-for index in range(4000):
+input()
+for index in range(1, 4000):
     image[:] = index % 251
     writer.write(image, 0.5, index)
 writer.close()
 """,
         name,
     )
-    assert writer.stdout is not None
+    assert writer.stdout is not None and writer.stdin is not None
     writer.stdout.readline()
-    reader, indices = ShmReader(name), []
+    reader = ShmReader(name)
+    first = reader.read(5)  # it is there before the haste begins
+    assert first is not None
+    indices, until = [first.index], time.monotonic() + 60
+    writer.stdin.write("go\n")
+    writer.stdin.flush()
     while not reader.ended:
+        assert time.monotonic() < until
         frame = reader.read(0.2)
         if frame is not None:
             assert (frame.image == frame.index % 251).all()
