@@ -9,6 +9,7 @@ that is nearest in time. Frames are put in as they arrive, and `next` is asked w
 
 With cameras of 30 and 9 frames/s three of four pictures meet a thermal one that was used before (`reused`). A picture
 waits for a nearer partner no longer than `hold_ms`, and only where the thermal camera's rhythm says that one will come.
+Thermal pictures wait as long as they can be of use: a network camera's picture comes later than that of a USB core.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ OnMissing = Literal["hold", "pass", "skip"]
 CLOCK_SET = 1.0
 _SLACK = 1.5  # intervals that a picture may wait beyond `hold_ms` for the loop
 _INTERVALS = 9  # of which the median is a camera's rhythm
+_AWAY_INTERVALS = 3  # a camera that is slower than `max_age_ms` is away after so many of its intervals
+_FIRST_INTERVAL = 2.0  # seconds that a camera has for its second picture
+_MOST_WAITING = 64  # pictures of a camera, however fast it is
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,17 @@ class Pairing:
 
     Attributes:
         max_skew_ms: two pictures further apart than this are no pair.
-        hold_ms: how long a picture may wait for a nearer partner, from its arrival.
+        hold_ms: how long a picture may wait for a nearer partner, from its arrival; one to one `max_age_ms` longer.
         max_age_ms: with on_missing "hold", how far the last thermal picture may be from the visible one that it is
             used for; and after how long without a picture a camera counts as away.
         queue_size: pictures of each camera that may wait; the oldest is dropped, earlier where the loop is too slow.
+            Where it is too small for that, as many wait as come within `hold_ms`, and of the thermal camera within
+            `max_age_ms` besides.
         clock_offset_ms: is added to the thermal camera's times. Negative where its clock is ahead of the visible one's.
         on_missing: what happens to a visible picture without a thermal one. "hold": the last thermal picture is used on
             until it is too old, then as "pass". "pass": the visible one passes alone. "skip": nothing comes out.
-        one_to_one: use each picture once only, which gives the rate of the slower camera and the smallest skew.
+        one_to_one: use each picture once only, which gives the rate of the slower camera and the smallest skew. Where
+            nothing fits for `max_age_ms`, `on_missing` says what happens.
 
     Raises:
         InputError: a number or word that makes no sense.
@@ -106,7 +113,8 @@ class _Side:
         self._intervals: deque[float] = deque(maxlen=_INTERVALS)
         self._last_time: float | None = None
 
-    def add(self, frame: Frame) -> None:
+    def add(self, frame: Frame, keep: float) -> None:
+        """Put in a picture, and let go of the oldest where more wait than `queue_size` and than come in `keep` s."""
         self.last_arrival = frame.arrival
         if self._last_time is not None:
             step = frame.time - self._last_time
@@ -124,13 +132,22 @@ class _Side:
                 self._intervals.append(step)
                 self.interval = median(self._intervals)
         self._last_time = frame.time
-        if len(self.frames) == self.queue_size:
+        within = math.ceil(keep / self.interval) if self.interval else 0
+        if len(self.frames) >= max(self.queue_size, min(within, _MOST_WAITING)):
             self.frames.popleft()
             self.dropped += 1
         self.frames.append(frame)
 
+    def away_at(self, seconds: float) -> float | None:
+        """When it counts as away if nothing comes any more: after so many seconds, later for a slow camera."""
+        if self.last_arrival is None:
+            return None
+        rhythm = _FIRST_INTERVAL if self.interval is None else _AWAY_INTERVALS * self.interval
+        return self.last_arrival + max(seconds, rhythm)
+
     def is_away(self, now: float, seconds: float) -> bool:
-        return self.ended or self.last_arrival is None or now - self.last_arrival > seconds
+        at = self.away_at(seconds)
+        return self.ended or at is None or now > at
 
 
 class Pairer:
@@ -147,17 +164,18 @@ class Pairer:
         self._lossless = lossless
         self._a, self._b = _Side(self.knobs.queue_size + 1), _Side(self.knobs.queue_size)
         self._used_a: Frame | None = None  # the last thermal picture that came out
+        self._fitted: float | None = None  # one to one: when two pictures fitted, or the first came
         self.skipped = 0
 
     def add_a(self, frame: Frame) -> None:
         """Put in a picture of the thermal camera, with the time of its own clock."""
         if self.knobs.clock_offset_ms:
             frame = replace(frame, time=frame.time + self.knobs.clock_offset_ms / 1000)
-        self._a.add(frame)
+        self._a.add(frame, (self.knobs.max_age_ms + self.knobs.hold_ms) / 1000)
 
     def add_b(self, frame: Frame) -> None:
         """Put in a picture of the visible camera."""
-        self._b.add(frame)
+        self._b.add(frame, self._longest_wait())
 
     def end_a(self) -> None:
         """Camera a gives no more pictures."""
@@ -175,6 +193,11 @@ class Pairer:
         """Whether a picture can be added without one being dropped."""
         return len(self._b.frames) < self._b.queue_size
 
+    @property
+    def ended(self) -> bool:
+        """Whether neither camera gives any more pictures."""
+        return self._a.ended and self._b.ended
+
     def next(self, now: float) -> Pair | None:
         """The next pair that is ready, or None; ask until there is none.
 
@@ -189,10 +212,8 @@ class Pairer:
         if self._lossless:
             return None
         waiting = self._a if self.knobs.one_to_one else self._b
-        times = [frame.arrival + self.knobs.hold_ms / 1000 for frame in list(waiting.frames)[:1]]
-        for side in (self._a, self._b):
-            if side.last_arrival is not None:
-                times.append(side.last_arrival + self.knobs.max_age_ms / 1000)
+        times = [frame.arrival + self._longest_wait() for frame in list(waiting.frames)[:1]]
+        times += [at for side in (self._a, self._b) if (at := side.away_at(self.knobs.max_age_ms / 1000)) is not None]
         return min((time for time in times if time > now), default=None)
 
     def counters(self) -> dict[str, int]:
@@ -252,6 +273,8 @@ class Pairer:
 
     def _next_one_to_one(self, now: float) -> Pair | None:
         a, b, knobs = self._a, self._b, self.knobs
+        if self._fitted is None:
+            self._fitted = now
         while a.frames and b.frames:
             first = a.frames[0]
             while len(b.frames) > 1 and b.frames[1].time <= first.time:
@@ -259,13 +282,25 @@ class Pairer:
             if self._should_wait(b, first, now):
                 return None
             nearest = min(b.frames, key=lambda frame: abs(frame.time - first.time))
+            if self._lossless and len(a.frames) == 1 and not a.ended:
+                return None
+            following = self._after_first(a)
+            if abs(following - nearest.time) < abs(first.time - nearest.time):
+                # Each the other's nearest: else a lost picture would shift all that come after it by one.
+                a.frames.popleft()
+                self.skipped += 1
+                continue
             if 1000 * abs(nearest.time - first.time) <= knobs.max_skew_ms:
                 while b.frames.popleft() is not nearest:
                     pass
                 self._used_a = a.frames.popleft()
+                self._fitted = now
                 return Pair(self._used_a, nearest, "fused")
             older = a if first.time < nearest.time else b
-            older.frames.popleft()
+            left = older.frames.popleft()
+            waited = not self._lossless and now - self._fitted > knobs.max_age_ms / 1000
+            if older is b and waited and knobs.on_missing != "skip":
+                return Pair(None, left, "a_missing")
             self.skipped += 1
         if b.frames and (a.ended if self._lossless else a.is_away(now, knobs.max_age_ms / 1000)):
             if knobs.on_missing != "skip":
@@ -274,6 +309,12 @@ class Pairer:
             b.frames.clear()
         return None
 
+    def _after_first(self, side: _Side) -> float:
+        """Time of the picture after a camera's first that waits, by its rhythm where it isn't there yet."""
+        if len(side.frames) > 1:
+            return side.frames[1].time
+        return math.inf if side.ended or side.interval is None else side.frames[0].time + side.interval
+
     def _should_wait(self, side: _Side, frame: Frame, now: float) -> bool:
         """Whether a picture of `side` that is yet to come may be a nearer partner of `frame`."""
         newest = side.frames[-1] if side.frames else None
@@ -281,13 +322,18 @@ class Pairer:
             return False
         if self._lossless:
             return True
-        deadline = frame.arrival + self.knobs.hold_ms / 1000
+        deadline = frame.arrival + self._longest_wait()
         if now >= deadline or side.is_away(now, self.knobs.max_age_ms / 1000):
             return False
         if newest is None or side.interval is None:
             return True
         is_nearer = newest.time + side.interval - frame.time < frame.time - newest.time
-        return is_nearer and newest.arrival + side.interval <= deadline
+        ahead = frame.time - newest.time if self.knobs.one_to_one else side.interval
+        return is_nearer and newest.arrival + ahead <= deadline
+
+    def _longest_wait(self) -> float:
+        """Seconds that a picture may wait for a partner; one to one it waits for a camera that comes later, too."""
+        return (self.knobs.hold_ms + (self.knobs.max_age_ms if self.knobs.one_to_one else 0)) / 1000
 
     def _a_alone(self, now: float) -> Pair | None:
         """The thermal picture alone, while the master is away."""

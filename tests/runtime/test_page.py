@@ -648,7 +648,7 @@ def test_browser_watches_a_stream(browser):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "refusion", "stream", "demo://night", "--model", "average", "--sink", url]
+    command = [sys.executable, "-m", "refusion", "stream", "demo://night", "--sink", url]
     stream = subprocess.Popen(
         [*command, "--duration", "120"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

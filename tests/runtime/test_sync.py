@@ -130,6 +130,36 @@ def test_one_to_one_gives_the_slower_rate_and_the_smallest_skew():
     assert not any(output.pair.reused for output in outputs)
 
 
+@pytest.mark.parametrize("fps", [30, 9])
+@pytest.mark.parametrize("one_to_one", [False, True])
+def test_a_visible_camera_that_comes_much_later(fps: float, one_to_one: bool):
+    """A USB thermal core beside a network camera: 400 ms of delay more, and both clocks are right."""
+    outputs, pairer = play(Pairing(one_to_one=one_to_one), Camera(fps, phase=0.01), Camera(30, delay=0.42), 60)
+    settled = outputs[30:]
+    assert np.mean([output.pair.state == "fused" for output in settled]) > 0.95  # 3 % of the thermal ones are lost
+    assert np.median(skews(settled)) < (20 if fps == 30 or one_to_one else 40)
+    assert len(settled) > 0.9 * 60 * (min(fps, 30) if one_to_one else 30) - 60
+    assert pairer.counters()["dropped_b"] == 0
+
+
+@pytest.mark.parametrize("on_missing", ["hold", "pass", "skip"])
+def test_one_to_one_that_never_fits_says_so(on_missing: str):
+    """A clock that is 5 s ahead: nothing fits, and the visible camera passes but for the policy "skip"."""
+    outputs, pairer = play(Pairing(one_to_one=True, on_missing=on_missing), steady(9, offset=5), steady(30), 12)
+    assert states(outputs) == ([] if on_missing == "skip" else ["a_missing"])
+    if outputs:
+        assert len(outputs) > 11 * 30
+    else:
+        assert pairer.counters()["skipped"] > 300
+
+
+@pytest.mark.parametrize("fps", [1, 0.5])
+def test_a_slow_master_is_not_away_between_its_pictures(fps: float):
+    outputs, _ = play(Pairing(), steady(9), steady(fps, phase=0.1), 20)
+    assert states(outputs) == ["fused"]
+    assert len(outputs) == 20 * fps
+
+
 def test_reuse_is_told():
     outputs, _ = play(Pairing(), Camera(10, lost=0, doubled=0), Camera(30, lost=0, doubled=0))
     assert 0.6 < np.mean([output.pair.reused for output in outputs]) < 0.7
