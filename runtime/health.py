@@ -7,6 +7,7 @@ that sends nothing is noticed though the thread that reads it is stuck in a read
 from __future__ import annotations
 
 import logging
+import queue
 import statistics
 import threading
 import time
@@ -27,6 +28,7 @@ FROZEN_AFTER = 3.0  # seconds of pictures that are equal to the last bit
 FROZEN_FRAMES = 10  # and at least so many of them
 CLOCK_JUMP = 0.5  # seconds that a stamp may move against the time of arrival
 EVENTS_KEPT = 200
+LISTENER_TIMEOUT = 2.0  # seconds that a listener may take for the last events
 TICK = 0.2  # seconds between two looks of the watchdog
 _SIGNATURE_STEP = 8  # every 8th row and column makes a picture's signature
 
@@ -65,18 +67,40 @@ class Event:
 
 
 class EventLog:
-    """The last events, in order; other threads may add and read."""
+    """The last events, in order; other threads may add and read.
+
+    Args:
+        listener: called with each, in a thread of its own, where it may take its time, fail, and ask for the status.
+    """
 
     def __init__(self, listener: Callable[[Event], None] | None = None):
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._listener = listener
+        self._untold: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._tell, name="events", daemon=True)
+        if listener is not None:
+            self._thread.start()
 
     def add(self, source: str, kind: str, detail: str = "") -> None:
-        """Note an event. The listener is called in this thread, which is never the stream's."""
+        """Note an event; never waits."""
         event = Event(time.time(), source, kind, detail)
         self._events.append(event)
         if self._listener is not None:
-            self._listener(event)
+            self._untold.put(event)
+
+    def close(self) -> None:
+        """Tell the listener what it wasn't told yet, and end its thread."""
+        self._untold.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(LISTENER_TIMEOUT)
+
+    def _tell(self) -> None:
+        assert self._listener is not None
+        while (event := self._untold.get()) is not None:
+            try:
+                self._listener(event)
+            except Exception:  # it is somebody else's, and the next event is another one
+                log.exception("the listener of events failed")
 
     def events(self) -> list[Event]:
         """The last EVENTS_KEPT events, oldest first."""

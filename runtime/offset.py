@@ -117,8 +117,8 @@ def measure_offset(a: str, b: str | None, seconds: float, *, progress: bool = Tr
     Raises:
         InputError: a camera that can't be opened, too short a time, or what `estimate_offset` refuses.
     """
-    if seconds < SHORTEST:
-        raise InputError(f"{seconds:g} s are too short to measure the offset; give {SHORTEST:g} s or more (--duration)")
+    if not SHORTEST <= seconds < float("inf"):
+        raise InputError(f"{seconds:g} s are no time to measure the offset in; give {SHORTEST:g} or more (--duration)")
     playback = Playback()
     sources = [open_source(uri, queue_size=64, playback=playback) for uri in resolve_pair(a, b)]
     sensors = [MotionSensor() for _ in sources]

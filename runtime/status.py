@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Recent:
         return {name: round(number, 3) for name, number in zip(_QUANTILES, numbers, strict=True)}
 
 
+NOTHING_AFTER = 2.0  # seconds without an output picture, longer where they come slowly, after which the state says so
+_NOTHING_INTERVALS = 4
+
+
 class StreamHealth:
     """What came out of a stream. `output` is called by its loop, everything else by anyone.
 
@@ -46,8 +50,6 @@ class StreamHealth:
         frames: pictures that came out.
         states: state -> pictures that came out in it.
     """
-
-    _MISSING: ClassVar = {"a_missing": "a", "b_missing": "b"}
 
     def __init__(self, log_: EventLog):
         self.frames = 0
@@ -57,6 +59,8 @@ class StreamHealth:
         self._started = time.monotonic()
         self._state = ""
         self._changes: deque[str] = deque()
+        self._waiting = False
+        self._last_output = (0.0, 0.0)  # when the last picture came out, and seconds after the one before
         self._at, self._age, self._skew = Recent(128), Recent(), Recent()
         self._stages: dict[str, Recent] = {}
 
@@ -67,7 +71,10 @@ class StreamHealth:
         self.frames += 1
         self.states[state] += 1
         self.reused += reused
-        self._at.add(time.monotonic())
+        now = time.monotonic()
+        self._at.add(now)
+        last = self._last_output[0]
+        self._last_output = now, now - last if last else 0.0
         self._age.add(age_ms)
         if skew_ms is not None:
             self._skew.add(abs(skew_ms))
@@ -75,16 +82,23 @@ class StreamHealth:
             if name not in self._stages:
                 self._stages[name] = Recent()
             self._stages[name].add(1000 * seconds)
-        is_change = self._MISSING.get(state, "") != self._MISSING.get(self._state, "") or not self._state
+        is_change = not self._state or _told(state) != _told(self._state)
         self._state = state
-        if is_change:  # not those between fused and held, between which slow cameras go to and fro
-            self._changes.append(state if state in self._MISSING else "fused")
+        if is_change:
+            self._changes.append(_told(state))
 
     def look(self, now: float) -> None:
         """Report changes of state; called by the watchdog, since the loop itself waits for nobody."""
         while self._changes:
-            state = self._changes.popleft()
-            self._log.add("stream", state)
+            self._waiting = False
+            self._log.add("stream", self._changes.popleft())
+        last, interval = self._last_output
+        nothing_comes = bool(self.frames) and now - last > max(NOTHING_AFTER, _NOTHING_INTERVALS * interval)
+        if nothing_comes and not self._waiting:
+            self._log.add("stream", "waiting", f"no picture came out for {now - last:.1f} s")
+        elif self._waiting and not nothing_comes:
+            self._log.add("stream", _told(self._state))
+        self._waiting = nothing_comes
 
     def fps(self, now: float) -> float:
         """Pictures a second over the last 128, or fewer where nothing came for long."""
@@ -96,7 +110,7 @@ class StreamHealth:
     def snapshot(self, now: float) -> dict[str, Any]:
         """State, rates, times and counters, for JSON."""
         return {
-            "state": self._state or "waiting",
+            "state": "waiting" if self._waiting or not self._state else self._state,
             "seconds": round(now - self._started, 1),
             "frames": self.frames,
             "fps": round(self.fps(now), 2),
@@ -109,6 +123,11 @@ class StreamHealth:
             "threads": threading.active_count(),
             "events": [asdict(event) for event in self._log.events()[-50:]],
         }
+
+
+def _told(state: str) -> str:
+    """The state that an event tells: slow cameras go to and fro between fused and held."""
+    return "fused" if state == "held" else state
 
 
 def memory_mb() -> float:

@@ -11,6 +11,7 @@ and fuses. The loop waits for pictures alone: what it hands over it hands over w
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # run as a file: its folder must not hide other packages, and ours must be found
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # before it is imported: what goes wrong is an exception
 
+from runtime.backends import check_threads, choose_backend
 from runtime.errors import InputError
 from runtime.frames import Frame, FusedFrame
 from runtime.health import Event, EventLog, Watchdog
@@ -34,7 +37,7 @@ from runtime.sync import Pair, Pairer, Pairing
 if TYPE_CHECKING:
     from runtime.sinks import Sink
 
-FIRST_PICTURES = 2.0  # seconds that the loop waits at the start for a picture of each camera
+FIRST_PICTURES = 2.0  # seconds that the loop waits at the start for a picture of the thermal camera
 IDLE = 0.1  # seconds after which the loop looks up though nothing came
 SINK_POLL = 0.001  # seconds between two looks whether the sinks have room, for recordings that lose nothing
 
@@ -61,7 +64,7 @@ class Stream:
         sinks: URIs, or functions that take a FusedFrame and are called in a thread of their own.
         duration: seconds after which the stream ends.
         frames: pictures after which it ends.
-        on_event: called with every event of a camera or the stream, in another thread than the loop's.
+        on_event: called with every event of a camera or the stream, in a thread of its own.
 
     Attributes:
         events: what happened, in order.
@@ -142,7 +145,7 @@ class Stream:
         self._stop = True  # the loop looks up every IDLE seconds; a signal handler must not touch the event's lock
 
     def close(self) -> None:
-        """End the threads and finish the sinks' files. May be called again, and from within the loop."""
+        """End the threads and finish the sinks' files. May be called again, and from within the loop or a listener."""
         self.stop()
         if self._watchdog is not None:
             self._watchdog.close()
@@ -152,6 +155,7 @@ class Stream:
         self._health.look(time.monotonic())
         for sink in self._sinks:
             sink.close()
+        self.events.close()
 
     def status(self) -> dict[str, Any]:
         """State, rates, times and counters of everything, for JSON; any thread may ask."""
@@ -216,35 +220,43 @@ class Stream:
     def _run(self) -> Iterator[FusedFrame]:
         """The loop."""
         pairer = self._pairer
-        began = time.monotonic()
-        until = began + (self._duration or float("inf"))
-        self._await_first_pictures(min(began + FIRST_PICTURES, until))
+        until = time.monotonic() + (self._duration or float("inf"))
+        self._await_first_pictures(until)
         index = 0
         while not self._stop:
             now, begin = time.monotonic(), time.perf_counter()
             if now >= until:
-                return
+                break
             self._wake.clear()
             self._feed()
             pair = pairer.next(now)
             if pair is None:
-                if all(source.ended for source in self._sources.values()):
-                    return
+                if pairer.ended:
+                    break
                 due = pairer.due(now)
                 self._wake.wait(min(IDLE if due is None else due - now, IDLE, until - now))
                 continue
+            if self._lossless:
+                self._await_sinks(until)
             stages = {"wait": max(now - pair.master.arrival, 0.0), "pair": time.perf_counter() - begin}
             fused = self._fuse(pair, index, stages)
             yield fused
             index += 1
             if index == self._frames:
-                return
+                break
+        self.close()  # who iterates over the stream need not
 
     def _await_first_pictures(self, until: float) -> None:
-        """Give every camera time for its first picture, so that the output has the master's size from the start."""
+        """Give every camera time for its first picture, so that the output has the master's size from the start.
+
+        The master has until the watchdog calls it silent: a network camera's first picture waits for a key frame.
+        """
+        a, b = self._sources["a"], self._sources["b"]
+        enough = time.monotonic() + FIRST_PICTURES
         while not self._stop and time.monotonic() < until:
             self._wake.clear()
-            if all(source.has_picture or source.ended for source in self._sources.values()):
+            has_master = b.has_picture or b.ended or b.health.state in ("silent", "lost")
+            if has_master and (a.has_picture or a.ended or time.monotonic() > enough):
                 return
             self._wake.wait(IDLE)
 
@@ -271,8 +283,6 @@ class Stream:
         )
         begin = time.perf_counter()
         stages["sink"] = 0.0  # there before a sink's thread may look through them
-        if self._lossless:
-            self._await_sinks()
         for sink in self._sinks:
             sink.write(fused)
         stages["sink"] = time.perf_counter() - begin
@@ -280,9 +290,9 @@ class Stream:
         self._health.output(pair.state, fused.age_ms, pair.skew_ms if has_both else None, pair.reused, stages)
         return fused
 
-    def _await_sinks(self) -> None:
+    def _await_sinks(self, until: float) -> None:
         """Where no recorded picture may be lost, the sinks set the pace."""
-        while not self._stop and any(sink.counters()["queued"] for sink in self._sinks):
+        while not self._stop and time.monotonic() < until and any(sink.counters()["queued"] for sink in self._sinks):
             time.sleep(SINK_POLL)
 
 
@@ -290,9 +300,11 @@ def load_fuser(task: str, model: str, backend: str, threads: int | None, range: 
     """The network of a stream; "average" is none.
 
     Raises:
-        InputError: no such task, model, backend or policy.
+        InputError: no such task, model, backend or policy, or a number of threads below 1.
     """
     if model == "average":
+        choose_backend(backend)
+        check_threads(threads)
         fuser = Average(range, chroma)
         LiveFusion(fuser).change({})  # checks the policies
         return fuser

@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from runtime.errors import InputError, exit_code
+from runtime.files import check_writable, write_whole
 from runtime.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
     if args.estimate_offset:
         print_offset(_estimate_offset(args))
         return
+    if args.json and args.json != "-":
+        check_writable(Path(args.json))
     stream = _open(args)
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -138,9 +142,9 @@ def run(args: argparse.Namespace) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    print(summary(status), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
         _write_json(args.json, status)
-    print(summary(status), file=sys.stderr if args.json == "-" else sys.stdout)
 
 
 def _open(args: argparse.Namespace) -> Stream:
@@ -262,10 +266,6 @@ def _percentiles(values: dict[str, float]) -> str:
 
 
 def _write_json(file: str, status: dict[str, Any]) -> None:
-    from pathlib import Path
-
-    from runtime.files import write_whole
-
     text = json.dumps(status, indent=1) + "\n"
     if file == "-":
         sys.stdout.write(text)

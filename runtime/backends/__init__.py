@@ -72,8 +72,7 @@ def load_backend(path: str | Path, backend: str, threads: int | None = None) -> 
         InputError: a file that is missing, damaged or not a fusion model, a number of threads below 1, or a package,
             provider or GPU that isn't there.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"the number of threads is {threads}; give 1 or more")
+    check_threads(threads)
     if backend == "tensorrt":
         from runtime.backends.tensorrt import TensorRTBackend
 
@@ -85,6 +84,12 @@ def load_backend(path: str | Path, backend: str, threads: int | None = None) -> 
     from runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend.load(path, threads, _PROVIDERS[backend])
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError for a number of threads below 1."""
+    if threads is not None and threads < 1:
+        raise InputError(f"the number of threads is {threads}; give 1 or more")
 
 
 def runs_on_gpu(backend: str) -> bool:

@@ -83,6 +83,8 @@ class Sink:
         with self._changed:
             self._closing = True
             self._changed.notify()
+        if self._thread is threading.current_thread():  # its own function closes the stream
+            return
         self._thread.join(CLOSE_TIMEOUT)
         if self._thread.is_alive():
             log.warning("%s did not finish within %.0f s and is left behind", self.url, CLOSE_TIMEOUT)

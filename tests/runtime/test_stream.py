@@ -23,12 +23,15 @@ from runtime.calibration import Calibration, save_calibration
 from runtime.camera import Camera
 from runtime.errors import InputError
 from runtime.frames import Frame, FusedFrame
+from runtime.health import Event, EventLog
 from runtime.images import read_image, write_image
 from runtime.live_fusion import Average, LiveFusion
 from runtime.register import Registration
 from runtime.shm import ShmWriter
-from runtime.status import prometheus_text
-from runtime.stream import Stream
+from runtime.sources import Source
+from runtime.sources.base import Capture
+from runtime.status import NOTHING_AFTER, StreamHealth, prometheus_text
+from runtime.stream import FIRST_PICTURES, Stream
 from runtime.sync import Pair, Pairing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +152,98 @@ def test_what_a_slow_network_leaves_out_is_counted():
     assert left_out <= status["sources"]["b"]["dropped"] <= status["sources"]["b"]["frames"] - 8
     # What comes out is new all the same: the queues hold four pictures at most, and the oldest go.
     assert max(output.age_ms for output in outputs) < 2000
+
+
+def test_who_iterates_to_the_end_need_not_close():
+    before = threading.active_count()
+    stream = Stream(DEMO, model="average", frames=5, sinks=["null://"], on_event=lambda event: None)
+    assert len(list(stream)) == 5
+    assert threading.active_count() == before
+    assert stream.status()["frames"] == 5
+
+
+def test_a_listener_may_ask_fail_and_close():
+    """It has a thread of its own: what it does reaches neither the cameras nor the loop."""
+    heard = []
+
+    def listener(event: Event) -> None:
+        heard.append((event.kind, stream.status()["frames"]) if started.wait(10) else None)
+        if len(heard) == 1:
+            raise RuntimeError("a listener's own trouble")
+        if event.source == "stream":
+            stream.close()
+
+    started = threading.Event()
+    stream = Stream(DEMO, model="average", duration=60, on_event=listener)
+    started.set()
+    outputs = list(stream)
+    assert outputs and {kind for kind, _ in heard} >= {"open", "fused"}
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("source", "sink", "watchdog"))]
+
+
+def test_a_sink_that_is_stuck_does_not_outlast_the_duration(folders: tuple[str, str]):
+    go_on = threading.Event()
+
+    def stuck(fused: FusedFrame) -> None:
+        go_on.wait(60)
+
+    begin = time.monotonic()
+    with Stream(*folders, model="average", duration=1, sinks=[stuck]) as stream:
+        for _ in stream:
+            if time.monotonic() > begin + 0.9:
+                go_on.set()  # closing waits for it
+    assert time.monotonic() - begin < 10
+
+
+class LateReader:
+    """A camera that is open at once and gives its first picture later, as one that waits for a key frame."""
+
+    corrupt = 0
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def open(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def read(self) -> Capture:
+        self._stop.wait(self._seconds)
+        self._seconds = 0.03
+        return Capture(np.full((48, 64, 3), 90, np.uint8), time.time(), "device")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_the_output_has_the_size_of_a_master_that_comes_late():
+    class LateMaster(Stream):
+        def _make_sources(self, a: str, b: str | None, pairing: Pairing) -> dict[str, Source]:
+            sources = super()._make_sources(a, b, pairing)
+            sources["b"].close()
+            late = Source("late", lambda: LateReader(FIRST_PICTURES + 0.8))
+            late.wake = sources["a"].wake
+            return {"a": sources["a"], "b": late}
+
+    with LateMaster(DEMO, model="average", frames=3) as stream:
+        shapes = {output.image.shape for output in stream}
+    assert shapes == {(48, 64, 3)}
+
+
+def test_nothing_that_comes_out_is_a_state():
+    log = EventLog()
+    health = StreamHealth(log)
+    health.look(time.monotonic() + 100)  # nothing came yet
+    for _ in range(3):
+        health.output("fused", 40.0, 0.0, False, {})
+        health.look(time.monotonic())
+    assert health.snapshot(0)["state"] == "fused"
+    health.look(time.monotonic() + NOTHING_AFTER + 0.1)
+    assert health.snapshot(0)["state"] == "waiting"
+    health.output("held", 40.0, 0.0, True, {})
+    health.look(time.monotonic())
+    assert health.snapshot(0)["state"] == "held"
+    assert [event.kind for event in log.events()] == ["fused", "waiting", "fused"]
 
 
 @pytest.mark.parametrize("limit", [{"frames": 12}, {"duration": 1.0}])
@@ -422,7 +517,12 @@ def test_a_signal_ends_it_with_a_summary_and_whole_files(tmp_path: Path, number:
         ([DEMO, "--model", "nosuch"], "unknown model 'nosuch'"),
         ([DEMO, "--max-age-ms", "1"], "max_age_ms"),
         ([DEMO, "--on-missing", "cry"], "unknown on_missing 'cry'"),
-        ([DEMO, "--estimate-offset", "--duration", "1"], "too short to measure"),
+        ([DEMO, "--estimate-offset", "--duration", "1"], "give 5 or more"),
+        ([DEMO, "--estimate-offset", "--duration", "nan"], "give 5 or more"),
+        ([DEMO, "--model", "average", "--threads", "0"], "number of threads is 0"),
+        ([DEMO, "--model", "average", "--backend", "nosuch"], "unknown backend"),
+        ([DEMO, "--model", "average", "--json", "/proc/no/s.json"], "/proc/no/s.json: cannot be written"),
+        ([DEMO, "--model", "average", "--json", "/tmp"], "/tmp: cannot be written"),
         ([DEMO, "--queue-size", "many"], "invalid int value"),
         ([DEMO, "--model", "average", "--calibration", "/no/such.yaml"], "/no/such.yaml"),
     ],
