@@ -70,7 +70,8 @@ class EventLog:
     """The last events, in order; other threads may add and read.
 
     Args:
-        listener: called with each, in a thread of its own, where it may take its time, fail, and ask for the status.
+        listener: called with each from `start` on, earlier ones first, in a thread of its own: it may take its time,
+            fail, and ask for the status.
     """
 
     def __init__(self, listener: Callable[[Event], None] | None = None):
@@ -78,7 +79,10 @@ class EventLog:
         self._listener = listener
         self._untold: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._tell, name="events", daemon=True)
-        if listener is not None:
+
+    def start(self) -> None:
+        """Begin to tell the listener; not before everything is open, where one line says what is wrong."""
+        if self._listener is not None:
             self._thread.start()
 
     def add(self, source: str, kind: str, detail: str = "") -> None:

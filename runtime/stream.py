@@ -64,7 +64,7 @@ class Stream:
         sinks: URIs, or functions that take a FusedFrame and are called in a thread of their own.
         duration: seconds after which the stream ends.
         frames: pictures after which it ends.
-        on_event: called with every event of a camera or the stream, in a thread of its own.
+        on_event: called with every event of a camera or the stream once all are open, in a thread of its own.
 
     Attributes:
         events: what happened, in order.
@@ -216,6 +216,7 @@ class Stream:
             self._sinks.append(open_sink(uri, status=self.status, control=self.control))
         looks = [*(source.look for source in self._sources.values()), self._health.look]
         self._watchdog = Watchdog(looks)
+        self.events.start()
 
     def _run(self) -> Iterator[FusedFrame]:
         """The loop."""

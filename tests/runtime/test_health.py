@@ -177,6 +177,7 @@ def test_the_event_log_keeps_the_newest():
     log = EventLog(heard.append)
     for number in range(300):
         log.add("camera", "silent", str(number))
+    log.start()
     log.close()
     assert len(log.events()) == 200 and log.events()[-1].detail == "299"
     assert len(heard) == 300

@@ -534,6 +534,27 @@ def test_bad_use_is_one_line_and_exit_2(arguments: list[str], message: str, caps
     assert len([line for line in errors.splitlines() if not re.search(r" open$", line)]) == 1, errors
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rtsp://admin:hunter2@127.0.0.1:1/x", "demo://night/visible", "rtsp://admin:hunter2@h/x"],
+        ["rtsp://admin:hunter2@127.0.0.1:1/x", "demo://night/visible"],
+        ["rtsp://127.0.0.1:1/x?user=admin&password=hunter2", "demo://night/visible"],
+        ["rtsp://127.0.0.1:1/user=admin_password=hunter2_channel=1", "demo://night/visible"],
+        ["rtsp://admin:p#hunter2@127.0.0.1:1/x", "demo://night/visible"],
+        [DEMO, "--model", "average", "--sink", "rtsp://admin:hunter2@127.0.0.1/x"],
+        [DEMO, "--model", "average", "--sink", "http://0.0.0.0:1?token=hunter2"],
+        [DEMO, "--frames", "rtsp://admin:hunter2@h/x"],
+    ],
+)
+@pytest.mark.parametrize("script", [False, True])
+def test_a_password_is_never_printed(arguments: list[str], script: bool):
+    result = run(*arguments, script=script)
+    assert result.returncode == 2
+    assert "hunter2" not in result.stdout + result.stderr and "admin:" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
 def test_help_is_there_and_names_everything():
     text = run("--help").stdout
     for option in ("--sink", "--calibration", "--tone", "--max-skew-ms", "--hold-ms", "--max-age-ms", "--one-to-one",
