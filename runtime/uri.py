@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from urllib.parse import parse_qsl
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote
 
 from runtime.errors import InputError
 
@@ -26,6 +27,21 @@ def parse_options(owner: str, query: str) -> dict[str, str]:
             raise InputError(f"option '{name}' of the {owner} needs one value, as in ?{name}=VALUE")
         options[name] = value
     return options
+
+
+def local_path(scheme: str, address: str) -> Path:
+    """The path that a URI names, `~` included.
+
+    Raises:
+        InputError: one that no file can have.
+    """
+    try:
+        path = Path(unquote(address)).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a zero byte
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{scheme}://{address[:80]}: no file can have this name ({reason})") from error
+    return path
 
 
 class Options:

@@ -7,7 +7,6 @@ import os
 import struct
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -16,6 +15,7 @@ from runtime.errors import InputError
 from runtime.frames import FusedFrame
 from runtime.sinks.base import Output, temporary_beside
 from runtime.sinks.uri import SinkOptions
+from runtime.uri import local_path
 
 IMAGE_TYPE, COMPRESSED_TYPE = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 _HEADER_DEFINITION = """
@@ -71,7 +71,7 @@ def open_bag(address: str, options: SinkOptions) -> Output:
     compression = options.choice("compression", "lz4", ("lz4", "zstd", "none"))
     sources, frame_id = options.flag("sources", False), options.text("frame_id", "visible_optical_frame")
     options.done()
-    path = Path(unquote(address)).expanduser()
+    path = local_path("mcap", address)
     if path.suffix.lower() != ".mcap":
         raise InputError(f"mcap://{address}: give a file with the suffix .mcap, as in mcap://night.mcap")
     try:

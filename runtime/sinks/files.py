@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from runtime.errors import InputError
 from runtime.frames import FusedFrame
@@ -13,6 +12,7 @@ from runtime.images import write_image
 from runtime.sinks.base import Output, temporary_beside
 from runtime.sinks.uri import SinkOptions
 from runtime.sinks.video import VIDEO_SUFFIXES, open_video
+from runtime.uri import local_path
 
 TIMES = "frames.csv"
 
@@ -25,7 +25,7 @@ def open_file(address: str, options: SinkOptions) -> Output:
     """
     if not address:
         raise InputError("file:// needs a path, as in file://night.mp4 or file://frames/")
-    path = Path(unquote(address)).expanduser()
+    path = local_path("file", address)
     if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir():
         return open_video(path, options)
     if path.suffix and not path.is_dir() and not address.endswith("/"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -14,7 +13,7 @@ from runtime.errors import InputError
 from runtime.sources.base import Playback, Source
 from runtime.sources.decoding import raw_image
 from runtime.sources.recording import Recording
-from runtime.uri import Options
+from runtime.uri import Options, local_path
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
@@ -24,17 +23,20 @@ def open_bag(uri: str, address: str, options: Options, playback: Playback, queue
 
     Options:
         topic: which one; may be left out where the bag has only one with pictures.
-        loop: 1 begins again at the end. realtime: 0 plays as fast as the stream takes the pictures.
+        loop: 1 begins again at the end; two topics of different length begin again together. realtime: 0 plays as fast as the stream takes the pictures.
 
     Raises:
         InputError: no such file or topic, not a bag, or the packages for it missing.
     """
     topic, loop, realtime = options.text("topic"), options.flag("loop", False), options.flag("realtime", True)
     options.done()
-    path = Path(unquote(address)).expanduser()
+    path = local_path("mcap", address)
     if not path.is_file():
         raise InputError(f"mcap://{address}: no such file")
-    topic = _find_topic(path, topic)
+    summary = _summary(path)
+    topic = _find_topic(path, summary, topic)
+    if loop:
+        playback.has_round_of(_length(summary, topic))
     name = f"mcap://{path} {topic}"
 
     def make() -> Recording:
@@ -53,19 +55,38 @@ def _reader(file: Any) -> Any:
     return make_reader(file, decoder_factories=[DecoderFactory()])
 
 
-def _find_topic(path: Path, wanted: str) -> str:
-    """The topic that is wanted, or the only one with pictures."""
-    with path.open("rb") as file:
-        reader = _reader(file)
-        from mcap.exceptions import McapError
+def _summary(path: Path) -> Any:
+    """The bag's own index."""
+    try:
+        with path.open("rb") as file:
+            summary = _reader(file).get_summary()
+    except OSError as error:
+        raise InputError(f"mcap://{path} cannot be opened ({error.strerror})") from error
+    except InputError:
+        raise
+    except Exception as error:  # a file of another kind ends in whatever its first bytes are taken for
+        raise InputError(f"mcap://{path} is not a whole bag; try `mcap recover`") from error
+    if summary is None:
+        raise InputError(f"mcap://{path} has no index; `mcap recover` writes one")
+    return summary
 
-        try:
-            summary = reader.get_summary()
-        except McapError as error:
-            raise InputError(f"mcap://{path} is not a whole bag; try `mcap recover`") from error
-        if summary is None:
-            raise InputError(f"mcap://{path} has no index; `mcap recover` writes one")
-        kinds = {channel.topic: summary.schemas[channel.schema_id].name for channel in summary.channels.values()}
+
+def _length(summary: Any, topic: str) -> float:
+    """Seconds that a topic takes, with the interval after its last picture, about."""
+    statistics = summary.statistics
+    if statistics is None:
+        return 0.0
+    counts = (statistics.channel_message_counts.get(number, 0) for number, c in summary.channels.items()
+              if c.topic == topic)  # fmt: skip
+    count = max(counts, default=0)
+    seconds = (statistics.message_end_time - statistics.message_start_time) / 1e9
+    return seconds * (count + 1) / count if count else 0.0
+
+
+def _find_topic(path: Path, summary: Any, wanted: str) -> str:
+    """The topic that is wanted, or the only one with pictures."""
+    schemas = {number: schema.name for number, schema in summary.schemas.items()}
+    kinds = {channel.topic: schemas.get(channel.schema_id) for channel in summary.channels.values()}
     pictures = sorted(topic for topic, kind in kinds.items() if kind in IMAGE_TYPES)
     if wanted in pictures or (not wanted and len(pictures) == 1):
         return wanted or pictures[0]

@@ -79,11 +79,16 @@ class Reader(Protocol):
 
 
 class Playback:
-    """The clock on which recordings are laid, shared by both sources of a stream. It begins when it is first asked."""
+    """The clock on which recordings are laid, shared by both sources of a stream. It begins when it is first asked.
+
+    Attributes:
+        round_seconds: after which recordings that are played again and again begin again, all at once.
+    """
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = None  # Unix and monotonic seconds
         self._zero: float | None = None
+        self.round_seconds = 0.0
         self._lock = threading.Lock()
 
     @property
@@ -96,6 +101,10 @@ class Playback:
         left = self._begun()[1] + seconds - time.monotonic()
         if left > 0:
             stop.wait(left)
+
+    def has_round_of(self, seconds: float) -> None:
+        """A recording of this length is played again and again; the longest sets the pace of all."""
+        self.round_seconds = max(self.round_seconds, seconds)
 
     def zero(self, recorded: float) -> float:
         """The Unix time, in recordings that have such times, that is the beginning: that of whoever asks first."""

@@ -69,12 +69,21 @@ def csi_pipeline(sensor: int, size: tuple[int, int], fps: float) -> str:
 
 
 def rtsp_reader(
-    name: str, user: str, password: str, transport: str, timeout: float, codec: str, grey: bool, use_ntp: bool
+    name: str,
+    location: str,
+    user: str,
+    password: str,
+    transport: str,
+    timeout: float,
+    codec: str,
+    grey: bool,
+    use_ntp: bool,
 ) -> Reader:
     """A network camera through GStreamer, with the hardware decoder where this is a Jetson.
 
     Args:
-        name: URL without user and password, which go to the element as properties and are in no text.
+        name: for messages.
+        location: URL without user and password, which go to the element as properties and are in no text.
         user, password: may be empty.
         transport: "tcp" or "udp".
         timeout: seconds.
@@ -95,7 +104,7 @@ def rtsp_reader(
 
     def configure(pipeline: Any) -> None:
         camera = pipeline.get_by_name("camera")
-        camera.set_property("location", name)
+        camera.set_property("location", location)
         camera.set_property("user-id", user or None)
         camera.set_property("user-pw", password or None)
         camera.set_property("protocols", 4 if transport == "tcp" else 1)

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import cv2
 
-from runtime.errors import InputError
+from runtime.errors import InputError, without_credentials
 from runtime.sources.base import Capture, Source, SourceLostError
 from runtime.sources.decoding import frame_image, has_pyav
 from runtime.sources.gstreamer import has_jetson_decoder, rtsp_reader
@@ -22,6 +22,8 @@ _PORT = 554
 
 def open_rtsp(uri: str, queue_size: int) -> Source:
     """A network camera: `rtsp://[user:password@]host[:port]/path[?the camera's own query][#options]`.
+
+    Its name for people has neither that user and password nor those in the path or query, as some cameras want them.
 
     Options, behind `#`, since what is behind `?` is the camera's:
         transport: `tcp` (default) or `udp`.
@@ -37,6 +39,8 @@ def open_rtsp(uri: str, queue_size: int) -> Source:
         InputError: no host, a bad port or option.
     """
     address, _, fragment = uri.partition("#")
+    if "@" in fragment:
+        raise InputError("an rtsp:// source has a # before its host; write # in a password as %23")
     options = Options("rtsp:// source", parse_options("rtsp:// source", fragment))
     transport = options.choice("transport", "tcp", ("tcp", "udp"))
     timeout = options.number("timeout", 3, 0.1, 60)
@@ -45,19 +49,22 @@ def open_rtsp(uri: str, queue_size: int) -> Source:
     decoder = options.choice("decoder", default, ("pyav", "opencv", "gstreamer"))
     codec = options.choice("codec", "h264", ("h264", "h265"))
     options.done()
-    name, user, password = _split_credentials(address)
+    bare, user, password = _split_credentials(address)
+    name = without_credentials(bare)
     if decoder == "pyav" and not has_pyav():
         raise InputError("decoder=pyav needs the package av: pip install 'refusion[stream]'")
 
     def make() -> Any:
         if decoder == "gstreamer":
-            return rtsp_reader(name, user, password, transport, timeout, codec, grey, clock == "auto")
-        url = _with_credentials(name, user, password)
+            return rtsp_reader(name, bare, user, password, transport, timeout, codec, grey, clock == "auto")
+        url = _with_credentials(bare, user, password)
         if decoder == "opencv":
             return OpenCvRtsp(name, url, transport, timeout, grey)
         return PyAvRtsp(name, url, transport, timeout, grey, clock == "auto")
 
-    secrets = (password, quote(password, safe=""), user) if password else ()
+    secrets = [password, quote(password, safe=""), user] if password else []
+    if name != bare:  # the camera's own path or query has them
+        secrets += [bare, bare.partition("://")[2]]
     return Source(name, make, queue_size=queue_size, secrets=[secret for secret in secrets if len(secret) > 1])
 
 

@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -15,7 +14,7 @@ from runtime.errors import InputError
 from runtime.images import IMAGE_SUFFIXES, read_image
 from runtime.sources.base import Capture, Playback, Source
 from runtime.sources.decoding import has_pyav, packet_pictures
-from runtime.uri import Options
+from runtime.uri import Options, local_path
 
 FOLDER_FPS = 25.0
 
@@ -31,14 +30,14 @@ def open_file(uri: str, address: str, options: Options, playback: Playback, queu
 
     Options:
         fps: pictures a second; the default is the video's own times, and 25 for a folder.
-        loop: 1 begins again at the end.
+        loop: 1 begins again at the end; two recordings of different length begin again together.
         realtime: 0 plays as fast as the stream takes the pictures, and loses none.
         grey: 1 takes the luma of a colour video, which is what a thermal camera's video is.
 
     Raises:
         InputError: a wrong option, or no such file.
     """
-    path = Path(unquote(address)).expanduser()
+    path = local_path("file", address)
     fps = options.number("fps", 0, 0, 1000)
     loop, realtime, grey = (options.flag(*flag) for flag in (("loop", False), ("realtime", True), ("grey", False)))
     options.done()
@@ -48,6 +47,8 @@ def open_file(uri: str, address: str, options: Options, playback: Playback, queu
     def pictures() -> Pictures:
         return _folder_pictures(path) if path.is_dir() else _video_pictures(path, grey)
 
+    if loop:
+        playback.has_round_of(_length(path, fps))
     name = f"file://{path}"
     fixed_fps = fps or (FOLDER_FPS if path.is_dir() else None)
 
@@ -84,7 +85,8 @@ class Recording:
         self.corrupt = 0
         self._name, self._make_pictures, self._playback = name, pictures, playback
         self._fps, self._loop, self._realtime, self._absolute = fps, loop, realtime, absolute
-        self._count = 0
+        self._count = 0  # pictures of this round, those that can't be decoded among them
+        self._round = 0
         self._base = self._last = 0.0  # s: where this round began, and the last picture's place
         self._step = 1 / FOLDER_FPS
         self._zero: float | None = None
@@ -92,7 +94,7 @@ class Recording:
     def open(self, stop: threading.Event) -> None:
         self._stop = stop
         self._pictures = self._make_pictures()
-        self._first = next(self._pictures, None)
+        self._first = self._next_good()
         if self._first is None:
             raise InputError(f"{self._name}: no picture in it can be read")
 
@@ -101,8 +103,7 @@ class Recording:
         if picture is None:
             return None
         image, seconds = picture
-        place = self._count / self._fps if self._fps else self._place(seconds)
-        self._count += 1
+        place = self._place((self._count - 1) / self._fps if self._fps else seconds)
         if self._realtime:
             self._playback.wait(place, self._stop)
         return Capture(image, self._playback.unix + place, "file")
@@ -111,32 +112,51 @@ class Recording:
         self._pictures = iter(())
 
     def _place(self, seconds: float) -> float:
-        """Seconds of the playback of a picture by its own time; a further round follows on the one before."""
+        """Seconds of the playback of a picture by its time in the recording."""
         if self._zero is None:
-            self._zero = self._playback.zero(seconds) if self._absolute else seconds
+            self._zero = self._playback.zero(seconds) if self._absolute else 0.0 if self._fps else seconds
         place = self._base + seconds - self._zero
-        if self._count and 0 < place - self._last < 1:
+        if 0 < place - self._last < 1:
             self._step = place - self._last
         self._last = place
         return place
 
     def _next_picture(self) -> tuple[np.ndarray, float] | None:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        while not self._stop.is_set():
-            try:
-                picture = next(self._pictures)
-            except StopIteration:
+        first, self._first = self._first, None
+        while first is None and not self._stop.is_set():
+            first = self._next_good()
+            if first is None:
                 if not self._loop:
                     return None
-                self._pictures = self._make_pictures()
-                self._base = self._last + self._step
-                continue
+                self._begin_again()
+        return first
+
+    def _next_good(self) -> tuple[np.ndarray, float] | None:
+        """The next picture of this round that can be decoded."""
+        for picture in self._pictures:
+            self._count += 1
             if picture is not None:
                 return picture
             self.corrupt += 1
         return None
+
+    def _begin_again(self) -> None:
+        self._pictures = self._make_pictures()
+        self._count = 0
+        self._round += 1
+        self._base = max(self._round * self._playback.round_seconds, self._last + self._step)
+
+
+def _length(path: Path, fps: float) -> float:
+    """Seconds that a folder or a video takes, about; 0 where a video doesn't tell."""
+    if path.is_dir():
+        return sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()) / (fps or FOLDER_FPS)
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        rate = fps or capture.get(cv2.CAP_PROP_FPS)
+        return max(capture.get(cv2.CAP_PROP_FRAME_COUNT), 0) / rate if rate > 0 else 0.0
+    finally:
+        capture.release()
 
 
 def _folder_pictures(folder: Path) -> Pictures:
