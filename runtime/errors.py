@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Callable
 
-
 _USER_INFO = re.compile(r"((?:rtsp|http|rtmp)s?://)[^\s'\"]*@")
 _SECRET_VALUE = re.compile(r"((?:password|passwd|pass|pwd|user|username|token|secret)=)[^&\s'\"]*", re.IGNORECASE)
 

@@ -135,6 +135,7 @@ class CameraHealth:
         self.report = report
         self._lock = threading.RLock()  # between the camera's thread and the watchdog's; never the stream's
         self._last: Frame | None = None
+        self._stamp: tuple[float, float] | None = None  # the camera's own, and its picture's arrival
         self._since: float | None = None  # arrival of the last picture, or when it was opened or lost
         self._is_new = True  # no picture came since it was opened
         self._intervals: deque[float] = deque(maxlen=30)
@@ -153,7 +154,7 @@ class CameraHealth:
             self.counters["opened"] += 1
             self.counters["reconnects"] += again
             self._since, self._is_new = now, True
-            self._signature = None
+            self._signature = self._stamp = None
             if not again:
                 self._set("ok", "open", "")
             elif self.state != "ok":
@@ -184,15 +185,15 @@ class CameraHealth:
         with self._lock:
             self.counters["clock_refused"] += 1
 
-    def seen(self, frame: Frame) -> None:
-        """A picture came."""
+    def seen(self, frame: Frame, stamp: float | None = None) -> None:
+        """A picture came, with this stamp of the camera's clock, whether it was believed or not."""
         with self._lock:
             self.counters["frames"] += 1
             last, self._last, self._since = self._last, frame, frame.arrival
-            self._is_new = False
-            if last is not None and self.state == "ok":
+            if last is not None and not self._is_new:
                 self._intervals.append(frame.arrival - last.arrival)
-                self._check_clock(last, frame)
+            self._is_new = False
+            self._check_clock(frame, stamp)
             if last is not None and frame.image.shape[:2] != last.image.shape[:2]:
                 self.counters["size_changes"] += 1
                 self.report("size_changed", f"from {_size(last.image)} to {_size(frame.image)}")
@@ -204,16 +205,18 @@ class CameraHealth:
                 self._set("ok", "ok", f"after {self.state}")
 
     def look(self, now: float) -> float:
-        """Notice a silence; returns the seconds that it lasts, 0 where there is none."""
+        """Notice a silence; returns the seconds by which it is longer than the camera's pictures may take, or 0."""
         with self._lock:
             if self._since is None or self.state in ("opening", "lost", "ended"):
                 return 0.0
             seconds = now - self._since
-            limit = max(FIRST_AFTER if self._is_new else SILENT_AFTER, SILENT_INTERVALS * (self.interval or 0))
+            # Until its rhythm is known a camera has as long as for its first picture.
+            patience = FIRST_AFTER if self._is_new or self.interval is None else SILENT_AFTER
+            limit = max(patience, SILENT_INTERVALS * (self.interval or 0))
             if seconds > limit and self.state != "silent":
                 self.counters["silences"] += 1
                 self._set("silent", "silent", f"no picture for {seconds:.1f} s")
-            return seconds if self.state == "silent" else 0.0
+            return seconds - limit if self.state == "silent" else 0.0
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """State, rate and counters, for JSON."""
@@ -236,9 +239,12 @@ class CameraHealth:
         self.reason = detail if state != "ok" else ""
         self.report(kind, detail)
 
-    def _check_clock(self, last: Frame, frame: Frame) -> None:
-        jump = (frame.time - last.time) - (frame.arrival - last.arrival)
-        if abs(jump) > CLOCK_JUMP and frame.clock != "file" and frame.clock == last.clock:
+    def _check_clock(self, frame: Frame, stamp: float | None) -> None:
+        last, self._stamp = self._stamp, None if stamp is None else (stamp, frame.arrival)
+        if last is None or stamp is None or self.state != "ok":
+            return
+        jump = (stamp - last[0]) - (frame.arrival - last[1])
+        if abs(jump) > CLOCK_JUMP:
             self.counters["clock_jumps"] += 1
             self.report("clock_jump", f"its clock moved by {jump:+.2f} s")
 

@@ -23,7 +23,8 @@ def open_bag(uri: str, address: str, options: Options, playback: Playback, queue
 
     Options:
         topic: which one; may be left out where the bag has only one with pictures.
-        loop: 1 begins again at the end; two topics of different length begin again together. realtime: 0 plays as fast as the stream takes the pictures.
+        loop: 1 begins again at the end; two topics of different length begin again together.
+        realtime: 0 plays as fast as the stream takes the pictures.
 
     Raises:
         InputError: no such file or topic, not a bag, or the packages for it missing.

@@ -24,7 +24,7 @@ from runtime.frames import Clock, Frame
 from runtime.health import Backoff, CameraHealth
 
 OPEN_TIMEOUT = 15.0  # seconds that the first opening may take
-REOPEN_AFTER = 3.0  # seconds of silence after which a reader that is stuck is left behind for a new one
+REOPEN_AFTER = 2.0  # seconds that a silence may last on, before a reader that is stuck is left behind for a new one
 MAX_STUCK = 2  # readers left behind that are still stuck; while there are as many no new one is started
 CLOSE_TIMEOUT = 3.0  # seconds that `close` waits for a read to return
 EXIT_TIMEOUT = 15.0  # and the end of the process, which would abort in a decoder's code otherwise
@@ -181,6 +181,7 @@ class Source:
         self._failure: InputError | None = None
         self._threads: list[threading.Thread] = []
         self._finished = False
+        self._opening_since = float("inf")
         self._stamps = StampCheck()
 
     @property
@@ -234,11 +235,15 @@ class Source:
         return frame
 
     def look(self, now: float) -> None:
-        """Called by the watchdog: notice a silence, and leave behind a reader that is stuck in it."""
-        if self.health.look(now) > REOPEN_AFTER and self.live:
+        """Called by the watchdog: notice a silence, and leave behind a reader that is stuck in it, or in opening."""
+        if self.lossless:  # it waits for the stream, not the stream for it
+            return
+        silent = self.health.look(now) > REOPEN_AFTER
+        is_stuck = self._opened.is_set() and now - self._opening_since > OPEN_TIMEOUT
+        if self.live and (silent or is_stuck):
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             if len(self._threads) <= MAX_STUCK:
-                self.health.lost("no picture came; opening it again", now)
+                self.health.lost("no picture came; opening it again" if silent else "opening it takes too long", now)
                 self._start_thread()
 
     def snapshot(self, now: float) -> dict[str, Any]:
@@ -258,6 +263,7 @@ class Source:
         """Begin to read in a new thread; the one before ends as soon as its read returns."""
         self._stop.set()
         self._stop = threading.Event()
+        self._opening_since = float("inf")
         thread = threading.Thread(target=self._run, args=(self._stop,), name=f"source {self.name}", daemon=True)
         self._threads.append(thread)
         _sources.add(self)
@@ -268,8 +274,10 @@ class Source:
         while not stop.is_set():
             try:
                 with closing(self._make_reader()) as reader:
+                    self._opening_since = time.monotonic()
                     reader.open(stop)
                     if not stop.is_set():
+                        self._opening_since = float("inf")
                         self.health.opened(time.monotonic())
                         self._stamps = StampCheck()
                         self._opened.set()
@@ -282,6 +290,7 @@ class Source:
                 log.debug("%s failed", self.name, exc_info=error)
             if stop.is_set() or not self._again(reason):
                 return
+            self._opening_since = float("inf")
             stop.wait(backoff.next())
 
     def _again(self, reason: str) -> bool:
@@ -324,7 +333,7 @@ class Source:
             self._room.acquire()
         self._received += 1
         self._queue.append(frame)
-        self.health.seen(frame)
+        self.health.seen(frame, capture.time if capture.clock in ("device", "ntp") else None)
         self.wake.set()
 
     def _stamped(self, capture: Capture) -> tuple[float, Clock]:

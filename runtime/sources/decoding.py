@@ -60,7 +60,7 @@ def raw_image(
         data: bytes or a buffer.
         encoding: a name of RAW_FORMATS, or I420, YV12, NV12.
         height, width: in pixels.
-        step: bytes from row to row, but for 4:2:0 formats; None where rows follow closely.
+        step: bytes from row to row, of 4:2:0 formats in the plane of luma; None where rows follow closely.
         big_endian: of 16-bit ROS encodings, whose name doesn't tell.
 
     Raises:
@@ -68,8 +68,7 @@ def raw_image(
         ValueError: too few bytes.
     """
     if encoding in _PLANAR:
-        rows = height + height // 2
-        return cv2.cvtColor(np.frombuffer(data, np.uint8, rows * width).reshape(rows, width), _PLANAR[encoding])
+        return _planar_image(np.frombuffer(data, np.uint8), encoding, height, width, step or width)
     kind, channels, conversion = RAW_FORMATS[encoding]
     dtype = np.dtype(kind.replace("<", ">") if big_endian else kind)
     step = step or width * channels * dtype.itemsize
@@ -78,6 +77,30 @@ def raw_image(
     image = pixels.astype(dtype.newbyteorder("="), copy=True)
     image = image if channels == 1 else image.reshape(height, width, channels)
     return image if conversion is None else cv2.cvtColor(image, conversion)
+
+
+def planar_step(encoding: str, height: int, width: int, size: int) -> int | None:
+    """Bytes from row to row of luma in a 4:2:0 picture of so many bytes, None for other formats.
+
+    GStreamer pads rows to multiples of 4; hardware gives them close together.
+    """
+    if encoding not in _PLANAR:
+        return None
+    return width if size <= height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2) else -(-width // 4) * 4
+
+
+def _planar_image(data: np.ndarray, encoding: str, height: int, width: int, step: int) -> np.ndarray:
+    """HxWx3 (BGR) of 4:2:0 planes whose rows may be padded; an odd last row or column has no colour and is cut."""
+    rows, columns, colour_rows = height // 2, width // 2, (height + 1) // 2
+    luma = data[: height * step].reshape(height, step)[: 2 * rows, : 2 * columns]
+    rest = data[height * step :]
+    if encoding == "NV12":
+        colour = rest[: colour_rows * step].reshape(colour_rows, step)[:rows, : 2 * columns]
+    else:
+        colour_step = len(rest) // (2 * colour_rows)
+        colour = rest[: 2 * colour_rows * colour_step].reshape(2, colour_rows, colour_step)[:, :rows, :columns]
+    close = np.concatenate([luma.ravel(), colour.ravel()]).reshape(3 * rows, 2 * columns)
+    return cv2.cvtColor(close, _PLANAR[encoding])
 
 
 def has_pyav() -> bool:

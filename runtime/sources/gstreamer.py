@@ -13,7 +13,7 @@ import cv2
 
 from runtime.errors import InputError
 from runtime.sources.base import Capture, Playback, Reader, Source, SourceLostError
-from runtime.sources.decoding import raw_image
+from runtime.sources.decoding import planar_step, raw_image
 from runtime.uri import Options
 
 INSTALL = "apt install python3-gi gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-good"
@@ -191,7 +191,7 @@ class GstPipeline:
         self._stamps, self._playback, self._timeout = stamps, playback, timeout
         self._gst = _need_gstreamer()
         self._pipeline: Any = None
-        self._first: Any = None  # sample
+        self._first: Capture | None = None
         self._first_pts: int | None = None
 
     def open(self, stop: threading.Event) -> None:
@@ -215,16 +215,19 @@ class GstPipeline:
             self._sink.set_property("sync", True)  # a file is played at its pace
         self._pipeline.set_state(gst.State.PLAYING)
         try:
-            self._first = self._pull(_OPEN_TIMEOUT)
+            sample = self._pull(_OPEN_TIMEOUT)
         except SourceLostError as error:
             raise InputError(f"{self._name} can't be opened: {error}") from error
-        if self._first is None:
+        if sample is None:
             raise InputError(f"{self._name} has no picture")
+        self._first = self._capture(sample)  # which tells of a format that isn't read
 
     def read(self) -> Capture | None:
-        first, self._first = self._first, None
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         try:
-            sample = first or self._pull(self._timeout)
+            sample = self._pull(self._timeout)
         except SourceLostError as error:
             raise SourceLostError(f"{self._name}: {error}") from error
         return None if sample is None else self._capture(sample)
@@ -273,9 +276,8 @@ class GstPipeline:
         if not done:
             raise SourceLostError(f"{self._name}: a picture's memory can't be read; end the pipeline in video/x-raw")
         try:
-            size = memory.size
-            rows = height + height // 2 if encoding in ("I420", "YV12", "NV12") else height
-            image = raw_image(memory.data, encoding, height, width, size // rows)
+            step = planar_step(encoding, height, width, memory.size) or memory.size // height
+            image = raw_image(memory.data, encoding, height, width, step)
         except KeyError:
             raise InputError(f"{self._name}: format {encoding} is not read; put videoconvert before the end") from None
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from runtime.errors import InputError
 from runtime.shm import ShmReader
@@ -10,6 +11,7 @@ from runtime.sources.base import Capture, Source, SourceLostError
 from runtime.uri import Options
 
 _POLL = 0.2  # seconds that a wait for a picture may take before the end of the stream is looked for
+_STALE = 1.0  # seconds after which a picture that was there before us is none that the sender gives now
 
 
 def open_shm(uri: str, address: str, options: Options, queue_size: int) -> Source:
@@ -39,6 +41,8 @@ class SharedMemory:
     def open(self, stop: threading.Event) -> None:
         self._stop = stop
         self._first = self._next(self._wait)
+        if self._first is not None and not 0 <= time.time() - (self._first.time or 0) <= _STALE:
+            self._first = self._next(self._wait)  # the sender may stand still, or have died
         if self._first is None:
             raise InputError(f"shm://{self._name}: nobody writes it; start the sender first, or give it time (?wait=)")
 

@@ -147,7 +147,9 @@ class PyAvRtsp:
                 self.corrupt += 1
                 continue
             for frame in frames:
-                self.corrupt += bool(frame.is_corrupt)
+                if frame.is_corrupt:
+                    self.corrupt += 1
+                    continue
                 captured = self._captured(frame)
                 image = frame_image(frame, self._grey)
                 yield Capture(image) if captured is None else Capture(image, captured, "ntp")

@@ -12,6 +12,7 @@ import pytest
 
 from runtime.frames import Clock, Frame
 from runtime.health import Backoff, CameraHealth, EventLog, Watchdog, signature
+from runtime.sources.base import REOPEN_AFTER
 from runtime.status import Recent, StreamHealth, memory_mb, prometheus_text
 
 UNIX = 1.7e9
@@ -36,7 +37,8 @@ class Feed:
 
     def frame(self, image: np.ndarray | None = None, stamp: float = 0, clock: Clock = "device") -> None:
         picture = self._rng.integers(0, 256, (48, 64), dtype=np.uint8) if image is None else image
-        self.health.seen(Frame(picture, UNIX + self.now + stamp, clock, self.now, self._index, "camera"))
+        own = UNIX + self.now + stamp
+        self.health.seen(Frame(picture, own, clock, self.now, self._index, "camera"), own)
         self._index += 1
 
     def silence(self, seconds: float) -> None:
@@ -70,11 +72,27 @@ def test_a_silent_camera_is_noticed_within_two_seconds_and_its_return(feed: Feed
     assert snapshot["fps"] == pytest.approx(30, abs=0.1)
 
 
-def test_a_slow_camera_is_not_silent(feed: Feed):
-    feed.frames(20, fps=0.8)
+@pytest.mark.parametrize("seconds", [1.3, 2.5, 3.5])
+def test_a_slow_camera_is_not_silent(feed: Feed, seconds: float):
+    for _ in range(12):
+        feed.silence(seconds)  # looks all the time
+        feed.frame()
     assert feed.kinds() == ["open"]
-    feed.silence(8)
+    assert feed.health.look(feed.now) == 0
+    feed.silence(5 * seconds)
     assert feed.kinds() == ["open", "silent"]
+
+
+def test_a_very_slow_camera_is_known_after_its_second_picture(feed: Feed):
+    """One every 6 s: silent once, and not for so long that it would be opened again."""
+    overdue = []
+    for _ in range(5):
+        feed.frame()
+        for _ in range(30):
+            feed.now += 0.2
+            overdue.append(feed.health.look(feed.now))
+    assert feed.kinds() == ["open", "silent", "ok"]
+    assert max(overdue) <= REOPEN_AFTER + 0.1
 
 
 def test_the_first_picture_may_take_longer(feed: Feed):
@@ -117,7 +135,9 @@ def test_a_clock_that_was_set(feed: Feed):
     feed.silence(0.8)  # a gap is no jump: arrival and stamp move alike
     feed.frames(1, stamp=-3)
     assert feed.kinds() == ["open", "clock_jump"]
-    assert feed.health.snapshot(feed.now)["clock_jumps"] == 1
+    feed.frames(1, stamp=0.7)
+    assert feed.events[-1] == ("clock_jump", "its clock moved by +3.70 s")
+    assert feed.health.snapshot(feed.now)["clock_jumps"] == 2
 
 
 def test_another_resolution(feed: Feed):

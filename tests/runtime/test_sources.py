@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,8 +19,8 @@ from runtime.frames import Frame
 from runtime.images import write_image
 from runtime.shm import ShmWriter
 from runtime.sources import Capture, Playback, Source, SourceLostError, open_source, resolve_pair
-from runtime.sources.base import StampCheck
-from runtime.sources.decoding import raw_image
+from runtime.sources.base import OPEN_TIMEOUT, StampCheck
+from runtime.sources.decoding import planar_step, raw_image
 from runtime.sources.demo import DemoCamera
 from runtime.sources.gstreamer import csi_pipeline
 from runtime.tone import StreamTone
@@ -331,15 +332,28 @@ class _Steps:
 
 
 def test_demo_cameras_of_different_rates_show_the_same_moment():
-    slow, fast = DemoCamera(_Steps(), 0, 10, 0), DemoCamera(_Steps(), 1, 30, 0)
     stop = threading.Event()
-    shown = {}
-    for camera in (slow, fast):
+    shown: dict[float, list[int]] = {}
+
+    def look(camera: DemoCamera) -> None:
         camera.open(stop)
-        for _ in range(4):
+        while not stop.is_set():
             capture = camera.read()
-            shown.setdefault(round(capture.time, 3), set()).add(int(capture.image[0, 0]))
-    assert all(len(numbers) == 1 for numbers in shown.values())
+            if capture is not None:
+                shown.setdefault(round(capture.time, 3), []).append(int(capture.image[0, 0]))
+
+    cameras = DemoCamera(_Steps(), 0, 10, 0), DemoCamera(_Steps(), 1, 30, 0)
+    threads = [threading.Thread(target=look, args=(camera,)) for camera in cameras]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    while sum(len(numbers) == 2 for numbers in list(shown.values())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert sum(len(numbers) == 2 for numbers in shown.values()) >= 3
+    assert all(len(set(numbers)) == 1 for numbers in shown.values())
 
 
 class FakeCamera:
@@ -428,6 +442,104 @@ def test_a_clock_that_was_never_set_is_refused():
     assert good.believes(1.7e9 + 5, 1.7e9 + 10)  # one that was long on its way keeps its stamp
     ahead = StampCheck()
     assert not ahead.believes(1.7e9 + 3, 1.7e9)
+
+
+def test_a_clock_that_runs_ahead_is_reported_though_it_is_not_believed():
+    class Jumps(FakeCamera):
+        def read(self) -> Capture:
+            ahead = 3.0 if self._left <= 5 else 0.0
+            return super().read()._replace(time=time.time() + ahead, clock="device")
+
+    source, events = Source("jumps", lambda: Jumps(10), live=False, queue_size=16), []
+    source.health.report = lambda kind, detail: events.append((kind, detail))
+    frames = collect(source)
+    assert [frame.clock for frame in frames] == ["device"] * 5 + ["arrival"] * 5
+    jumps = [detail for kind, detail in events if kind == "clock_jump"]
+    assert len(jumps) == 1 and jumps[0].startswith("its clock moved by +")
+    assert source.snapshot(0)["clock_refused"] == 5
+
+
+@pytest.mark.parametrize("age", [10.0, -10.0])
+def test_a_picture_that_was_there_before_is_not_a_new_one(age: float):
+    """Of a sender that stands still or died; what it writes from now on is taken, whatever its clock says."""
+    name = f"refusion-test-{os.getpid()}-stale"
+    writer = ShmWriter(name)
+    try:
+        writer.write(counts(1), time.time() - age, 0)
+        source = open_source(f"shm://{name}?wait=0.6")
+        with pytest.raises(InputError, match="nobody writes it"):
+            source.start()
+        source = open_source(f"shm://{name}?wait=20")
+        threading.Timer(0.5, lambda: writer.write(counts(2), time.time() - age, 1)).start()
+        (frame,) = collect(source, limit=1)
+        assert frame.image[0, 0] == 2 and frame.clock == "arrival"
+    finally:
+        writer.close()
+
+
+class HangsInOpen(FakeCamera):
+    """Opens well once; the second time it hangs, the third time it is well again."""
+
+    opened = 0
+
+    def open(self, stop: threading.Event) -> None:
+        type(self).opened += 1
+        if type(self).opened == 2:
+            stop.wait(60)
+
+
+def test_a_reopening_that_hangs_is_replaced():
+    HangsInOpen.opened = 0
+    source = Source("camera", lambda: HangsInOpen(3))
+    source.start()
+    try:
+        deadline = time.monotonic() + 30
+        while HangsInOpen.opened < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        source.look(time.monotonic())
+        assert HangsInOpen.opened == 2 and source.snapshot(0)["state"] == "lost"
+        source.look(time.monotonic() + OPEN_TIMEOUT)
+        while source.snapshot(0)["state"] != "ok" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert HangsInOpen.opened == 3
+    finally:
+        source.close()
+
+
+def test_a_recording_that_waits_for_a_slow_network_is_not_silent(tmp_path: Path):
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", counts(number))
+    source, events = open_source(f"file://{tmp_path}?realtime=0", queue_size=2), []
+    source.health.report = lambda kind, detail: events.append(kind)
+    source.start()
+    source.look(time.monotonic() + 100)
+    source.close()
+    assert "silent" not in events
+
+
+@pytest.mark.parametrize("encoding", ["I420", "YV12", "NV12"])
+@pytest.mark.parametrize("size", [(6, 8), (8, 66), (7, 9)])
+def test_planes_with_padded_rows(encoding: str, size: tuple[int, int]):
+    height, width = size
+    rng = np.random.default_rng(0)
+    luma = rng.integers(0, 256, size, dtype=np.uint8)
+    u, v = rng.integers(0, 256, (2, (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
+
+    def padded(plane: np.ndarray, step: int) -> bytes:
+        return np.pad(plane, ((0, 0), (0, step - plane.shape[1])), constant_values=77).tobytes()
+
+    step, half = -(-width // 4) * 4, -(-u.shape[1] // 4) * 4
+    if encoding == "NV12":
+        data = padded(luma, step) + padded(np.dstack([u, v]).reshape(len(u), -1), step)
+    else:
+        data = padded(luma, step) + b"".join(padded(p, half) for p in ((u, v) if encoding == "I420" else (v, u)))
+    assert planar_step(encoding, height, width, len(data)) == step
+    image = raw_image(data, encoding, height, width, step)
+    even = height // 2 * 2, width // 2 * 2
+    tight = np.concatenate([p[: even[0] // k, : even[1] // k].ravel() for p, k in ((luma, 1), (u, 2), (v, 2))])
+    expected = cv2.cvtColor(tight.reshape(even[0] * 3 // 2, even[1]), cv2.COLOR_YUV2BGR_I420)
+    np.testing.assert_array_equal(image, expected)
 
 
 def test_raw_formats():
@@ -542,7 +654,15 @@ def check_pipelines() -> None:
     assert live[0].image.shape == (40, 66, 3)
     assert live[0].image[..., 2].min() > 200 and live[0].image[..., 0].max() < 60
     np.testing.assert_allclose(np.diff([frame.time for frame in live]), 0.05, atol=0.01)
-    for bad in ("gst:nosuchelement ! fakesink", "gst:filesrc location=/no/such ! decodebin"):
+    own = "videotestsrc num-buffers=2 pattern=red"
+    (padded, _) = collect(open_source(f"gst:{own} ! {caps},width=66,format=I420 ! appsink"))
+    assert padded.image.shape == (40, 66, 3)
+    assert padded.image[..., 2].min() > 200 and padded.image[..., :2].max() < 60
+    for bad in (
+        "gst:nosuchelement ! fakesink",
+        "gst:filesrc location=/no/such ! decodebin",
+        f"gst:{own} ! {caps},width=66,format=Y444 ! appsink",
+    ):
         with pytest.raises(InputError) as caught:
             open_source(bad).start()
         assert "\n" not in str(caught.value)
