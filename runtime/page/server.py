@@ -264,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(415, "send JSON, with Content-Type: application/json")
         try:
             wish = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _RefusedError(400, "this is not JSON") from None
         if not isinstance(wish, dict):
             raise _RefusedError(400, "send a JSON object")

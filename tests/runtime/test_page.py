@@ -234,6 +234,7 @@ def test_control_changes_the_policy(sink, policy):
     assert (status, json.loads(body)) == (400, {"error": "there is no policy 'speed'"})
     assert ask(sink, "/control", "POST", b"[1]", JSON)[0] == 400
     assert ask(sink, "/control", "POST", b"range=keep", JSON)[0] == 400
+    assert ask(sink, "/control", "POST", b"[" * 60_000, JSON)[0] == 400
     assert ask(sink, "/control", "POST", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert ask(sink, "/control", "POST", b"{" + b" " * 70_000 + b"}", JSON)[0] == 413
     assert ask(sink, "/control", "GET")[0] == 404
