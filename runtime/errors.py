@@ -6,8 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 
-_USER_INFO = re.compile(r"((?:rtsp|http|rtmp)s?://)[^\s'\"]*@")
-_SECRET_VALUE = re.compile(r"((?:password|passwd|pass|pwd|user|username|token|secret)=)[^&\s'\"]*", re.IGNORECASE)
+# Examples in messages stay.
+_USER_INFO = re.compile(r"((?:rtsp|http|rtmp)s?://)(?!USER:PASSWORD@)[^\s'\"]*@")
+_SECRET_VALUE = re.compile(
+    r"((?:password|passwd|pass|pwd|user|username|token|secret)=)(?!TOKEN|\.\.\.)[^&\s'\"]*", re.IGNORECASE
+)
 
 
 class InputError(ValueError):

@@ -43,7 +43,7 @@ def open_rtsp(address: str, options: SinkOptions) -> Output:
     """Open a server. All players share one encoder, which works only while somebody watches.
 
     Beyond this machine (any address but loopback) the URI must carry a user and a password, which players then need:
-    `rtsp://user:password@0.0.0.0:8554/fused`.
+    `rtsp://USER:PASSWORD@0.0.0.0:8554/fused`.
 
     Options:
         fps: frames/s of the stream, 30 by default: a hint for the encoder, which takes frames as they come.
@@ -63,12 +63,12 @@ def open_rtsp(address: str, options: SinkOptions) -> Output:
         raise InputError(f"rtsp:// needs a name for the stream, as in {endpoint.url(endpoint.port).rstrip('/')}/fused")
     if (endpoint.user is None) != (endpoint.password is None):
         raise InputError(
-            "rtsp:// needs both or neither of user and password, as in rtsp://user:password@0.0.0.0:8554/x"
+            "rtsp:// needs both or neither of user and password, as in rtsp://USER:PASSWORD@0.0.0.0:8554/x"
         )
     if not endpoint.loopback and not endpoint.password:
         raise InputError(
             f"rtsp://{endpoint.host} can be reached from other machines; give it a password, as in "
-            f"rtsp://user:password@{endpoint.host}:{endpoint.port}{endpoint.path}"
+            f"rtsp://USER:PASSWORD@{endpoint.host}:{endpoint.port}{endpoint.path}"
         )
     return RtspServer(endpoint, fps, kilobits, encoder)
 

@@ -9,7 +9,7 @@
 |---|---|
 | `v4l2:///dev/video0` | a USB camera, frame grabber or thermal core |
 | `csi://0` | a camera on a Jetson's CSI connector |
-| `rtsp://user:password@host/path` | a network camera |
+| `rtsp://USER:PASSWORD@host/path` | a network camera |
 | `file:///data/a.mkv`, `file://frames/` | a video, or a folder of pictures |
 | `gst:PIPELINE` | a GStreamer pipeline |
 | `shm://thermal` | shared memory of another process, see `runtime.shm` |

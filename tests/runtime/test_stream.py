@@ -555,6 +555,15 @@ def test_a_password_is_never_printed(arguments: list[str], script: bool):
     assert len(result.stderr.splitlines()) == 1, result.stderr
 
 
+def test_examples_in_messages_stay(capsys: pytest.CaptureFixture[str]):
+    for sink, example in (
+        ("rtsp://0.0.0.0:8554/x", "rtsp://USER:PASSWORD@0.0.0.0:8554/x"),
+        ("http://0.0.0.0:8000", "?token=..."),
+    ):
+        assert main(["stream", DEMO, "--model", "average", "--sink", sink]) == 2
+        assert example in capsys.readouterr().err
+
+
 def test_help_is_there_and_names_everything():
     text = run("--help").stdout
     for option in ("--sink", "--calibration", "--tone", "--max-skew-ms", "--hold-ms", "--max-age-ms", "--one-to-one",
